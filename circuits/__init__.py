@@ -1,0 +1,1 @@
+"""How mediators connect: attribution graphs over dictionary latents."""

@@ -1,0 +1,1 @@
+"""latent-mediation: which facts a language model actually used."""

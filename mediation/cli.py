@@ -1,0 +1,144 @@
+"""The command line: what each command takes. What it does is in mediation.commands, imported when needed.
+
+Kept free of heavy imports, so that `mediation --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mediation.errors import MediationError
+
+app = typer.Typer(
+    help="Find which facts a language model actually used.\n\n"
+    "Start with [bold]mediation demo[/bold]: the whole path on an embedded model, no download.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Score the method where the answer is known.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; the same settings resume the run there.")]
+Seed = Annotated[int, typer.Option(help="Seed of samples, controls and splits.")]
+
+
+@app.command(epilog="Example: mediation demo --json")
+def demo(out: Out = None, as_json: Json = False) -> None:
+    """Trace, inspect and flag on the embedded planted-fact model; about half a minute, nothing to download."""
+    from mediation import commands
+
+    _finish(commands.demo(out, quiet=as_json), as_json)
+
+
+@app.command(
+    epilog="Example: mediation trace prompts.jsonl --model smollm2 --saes packs/layer-15 --out runs/capitals"
+)
+def trace(
+    prompts: Annotated[Path, typer.Argument(help="JSONL rows {clean, corrupt?, answer, wrong_answer, roles?}.")],
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID; repeat.")],
+    out: Out = None,
+    baseline: Annotated[str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")] = "corrupt",
+    behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
+    estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
+    steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a forward; changes speed and memory only.")] = 16,
+    sample: Annotated[int, typer.Option(help="Nodes of each site patched exactly, to judge the estimators.")] = 128,
+    top: Annotated[int, typer.Option(help="Latents reported, and latents of each site in the graph.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which latents mediate a behaviour on a prompt set, by how much, how sure; and how they feed each other."""
+    from mediation import commands
+
+    source = commands.Source(model, tuple(saes), str(prompts), device, allow_download)
+    chosen = {
+        "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "steps": steps,
+        "batch_size": batch_size, "sample": sample, "top": top, "seed": seed,
+    }  # fmt: skip
+    _finish(commands.trace_command(source, chosen, out, quiet=as_json), as_json)
+
+
+@app.command(epilog="Example: mediation inspect runs/capitals --paths 10")
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Folder that a trace or demo wrote.")],
+    paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Which latents feed which: the strongest paths, a page (index.html) and GraphML, from a run."""
+    from mediation import commands
+
+    _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+
+
+@app.command(epilog="Example: mediation flag runs/capitals --meta packs/layer-15-meta")
+def flag(
+    run: Annotated[Path, typer.Argument(help="Folder that a trace wrote.")],
+    meta: Annotated[Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")],
+    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 99,
+    parts: Annotated[int, typer.Option(help="Meta-latents in each prompt's Shapley split.")] = 8,
+    alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which facts were used though no latent for them fired, with causal proof."""
+    from mediation import commands
+
+    chosen = {"controls": controls, "parts": parts, "alpha": alpha, "seed": seed}
+    _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
+
+
+@app.command(epilog="Example: mediation organism --seed 7 --out organisms/7 --family shaped")
+def organism(
+    out: Annotated[Path, typer.Option(help="Folder to make; must not hold anything yet.")],
+    seed: Annotated[int, typer.Option(help="Everything about the organism follows from it.")] = 0,
+    family: Annotated[str, typer.Option(help="shaped, natural or null.")] = "shaped",
+    as_json: Json = False,
+) -> None:
+    """Make a model organism: a small model with planted facts, its SAEs and its meta-SAE."""
+    from mediation import commands
+
+    _finish(commands.organism_command(seed, out, family, quiet=as_json), as_json)
+
+
+@bench.command(epilog="Example: mediation bench planted --organism organisms/7 --json")
+def planted(
+    organism: Annotated[Path, typer.Option(help="Folder that `mediation organism` made.")],
+    prompts: Annotated[int, typer.Option(help="Opinion prompts of held-out people that are scored.")] = 300,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Is the fact behind each opinion named right? On held-out people, against baselines."""
+    from mediation import commands
+
+    _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a MediationError becomes one sentence and exit code 2."""
+    run: Callable[..., Any] = app
+    try:
+        run(arguments)
+    except MediationError as error:
+        print(f"mediation: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

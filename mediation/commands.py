@@ -1,0 +1,293 @@
+"""The bodies of the commands: open what was asked for, run it, show it. The one place that joins
+`mediation` with `circuits`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import polars as pl
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from circuits.build import build_graph
+from circuits.export import to_graphml
+from circuits.graph import AttributionGraph
+from circuits.viewer.page import render
+from mediation import report
+from mediation.behaviours import Behaviour
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.estimators import Estimator
+from mediation.facts import FactSettings, find_hidden_facts
+from mediation.labels import load_labels
+from mediation.metalatents import MetaDictionary
+from mediation.nodes import mean_state
+from mediation.parts import meta_split
+from mediation.prompts import Baseline, PromptSet, tokenize
+from mediation.runs import Run, peak_memory_mb
+from mediation.subject import SubjectModel
+from mediation.trace import Prepared, TraceSettings, estimate, prepare, set_effect, top_latents, trace
+
+Choice = TypeVar("Choice", bound=StrEnum)
+PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run is made from, as the user named it."""
+
+    model: str
+    saes: tuple[str, ...]
+    prompts: str
+    device: str | None = None
+    allow_download: bool = False
+
+
+def load_dictionaries(source: Source, device: str) -> list[Dictionary]:
+    """Every dictionary that `--saes` names, in the order of their sites."""
+    found: list[Dictionary] = []
+    for spec in source.saes:
+        folder = Path(spec)
+        release, _, sae_id = spec.partition(":")
+        if not folder.exists() and sae_id:
+            found.append(
+                Dictionary.load(release, sae_id, device=device, allow_download=source.allow_download)
+            )
+            continue
+        folders = sorted(cfg.parent for cfg in folder.glob("*/cfg.json")) or [folder]
+        found.extend(Dictionary.load(each, device=device) for each in folders)
+    return sorted(found, key=lambda dictionary: dictionary.site.depth)
+
+
+def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation demo`: trace, graph and flags on the shipped organism."""
+    started = time.perf_counter()
+    organism = Path(__file__).parent / "organisms" / "default"
+    source = Source(str(organism / "model"), (str(organism / "saes"),), str(organism / PROMPTS_FILE), "cpu")
+    out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    traced = trace_command(source, {}, out, quiet=quiet)
+    (meta,) = (organism / "meta").iterdir()
+    flags = flag_command(out, meta, {}, quiet=quiet)
+    inspected = inspect_command(out, 6, quiet=quiet)
+    result = {
+        "total_effect": traced["total_effect"]["mean"],
+        "total_effect_interval": [traced["total_effect"]["low"], traced["total_effect"]["high"]],
+        "prompts": traced["total_effect"]["prompts"],
+        "estimator_vs_exact": traced["estimator_vs_exact"]["ig"] | traced["estimator_vs_exact"],
+        "conservation_gap": max(traced["conservation_gap"].values()),
+        "meta_split_max_relative_error": flags["meta_split_max_relative_error"],
+        "hidden_facts": flags["hidden_facts"],
+        "named_right": flags["named_right"],
+        "paths": inspected["paths"],
+        "run": str(out),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    if not quiet:
+        report.closing(out, result["seconds"], result["peak_memory_mb"])
+    return result
+
+
+def trace_command(
+    source: Source, chosen: dict[str, Any], out: Path | None, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder."""
+    settings = _trace_settings(chosen)
+    prompts = PromptSet.from_jsonl(source.prompts)
+    model, dictionaries, prepared = _open(source, prompts, settings)
+    run = Run.create(
+        out or Path("runs") / f"{Path(source.prompts).stem}-{prompts.content_hash[:8]}",
+        {
+            **asdict(source),
+            **asdict(settings),
+            "hashes": {
+                "model": model.content_hash,
+                "prompts": prompts.content_hash,
+                "dictionaries": {d.site.name: d.content_hash for d in dictionaries},
+            },
+        },
+    )
+    run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
+    cost = estimate(model, dictionaries, prepared, settings)
+    if not quiet:
+        report.opening(model, dictionaries, prompts, str(cost))
+    with _bar("attribution", quiet) as tick:
+        trace(model, dictionaries, prepared, run, settings, progress=tick)
+    with _bar("edges", quiet) as tick:
+        build_graph(model, dictionaries, prepared, run, settings, progress=tick)
+    result = _trace_result(run, settings)
+    if not quiet:
+        report.trace(result, model)
+    return result
+
+
+def _trace_result(run: Run, settings: TraceSettings) -> dict[str, Any]:
+    info = run.info
+    table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    return {
+        "run": str(run.path),
+        "total_effect": set_effect(run, seed=settings.seed),
+        **info["trust"],
+        "fidelity": info["fidelity"],
+        "top_latents": table.drop("rank").to_dicts(),
+        "effects": info["effects"],
+        "seconds": sum(info["timings"].values()),
+        "peak_memory_mb": info["peak_memory_mb"],
+    }
+
+
+def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
+    run = Run.open(path)
+    graph = AttributionGraph.load(run.path / "graph.json")
+    flags = run.read("flags").filter(pl.col("flagged")).to_dicts() if run.has("flags") else []
+    page = run.write_text("index.html", render(graph, title=run.path.name, flags=flags))
+    graphml = run.write_text("graph.graphml", to_graphml(graph))
+    found = graph.strongest_paths(paths)
+    if not quiet:
+        report.paths(graph, paths)
+        report.files(page, graphml)
+    return {
+        "run": str(path),
+        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in found],
+        "page": str(page),
+        "graphml": str(graphml),
+    }
+
+
+def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """`mediation flag`: decompose the run's latents and test which hidden facts were used."""
+    settings = FactSettings(**chosen)
+    run = Run.open(path)
+    decomposition = MetaDictionary.load(meta)
+    source, traced = _source_of(run)
+    prompts = PromptSet.from_jsonl(run.path / PROMPTS_FILE)
+    model, dictionaries, prepared = _open(source, prompts, traced)
+    dictionary = _base_dictionary(dictionaries, decomposition, meta)
+    discovery, evaluation = prompts.split(0.5, settings.seed)
+    options = {"baseline": traced.baseline, "behaviour": traced.behaviour}
+    mean = mean_state(model, prepared.batches, dictionary) if traced.baseline is Baseline.MEAN else None
+    worst = meta_split(model, dictionary, decomposition, prepared, run, traced)
+    with run.timed("facts"), _bar("hidden facts", quiet) as tick:
+        done = iter(range(1, len(prompts) + 1))
+        table = find_hidden_facts(
+            model,
+            dictionary,
+            decomposition,
+            (discovery, tokenize(discovery, model, **options)),
+            (evaluation, tokenize(evaluation, model, **options)),
+            traced.baseline,
+            settings,
+            mean=mean,
+            labels=load_labels(meta),
+            progress=lambda _: tick(next(done), len(prompts)),
+        )
+    run.write_table("flags", table)
+    run.record(flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst})
+    result = {"run": str(path), "meta_split_max_relative_error": worst, **flag_summary(table)}
+    if not quiet:
+        report.flags(result)
+    return result
+
+
+def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
+    """The flags of a run for people and scripts: one entry per flagged test, strongest first."""
+    flagged = table.filter(pl.col("flagged")).sort(pl.col("removal").abs(), descending=True)
+    evaluation = table.filter(pl.col("role") == "evaluation")
+    known = table.filter((pl.col("rank") == 1) & pl.col("expected").is_not_null())
+    right = known.filter(pl.col("label") == pl.col("expected"))
+    return {
+        "hidden_facts": [
+            {
+                "fact": row["label"],
+                "expected_fact": row["expected"],
+                "effect": row["removal"],
+                "hidden_share": row["hidden_share"],
+                "p": row["p"],
+                "q": row["q"],
+                "swap_follows": row["swap_follows"],
+                "total_effect": row["total_effect"],
+                "group": row["group"],
+                "prompt": row["prompt"],
+            }
+            for row in flagged.iter_rows(named=True)
+        ],
+        "tests": int(table["p"].is_not_null().sum()),
+        "evaluation_prompts": evaluation["prompt"].n_unique(),
+        "flagged_prompts": flagged["prompt"].n_unique(),
+        "named_right": {"right": len(right), "of": known["prompt"].n_unique()},
+    }
+
+
+def organism_command(seed: int, out: Path, family: str, *, quiet: bool) -> dict[str, Any]:
+    """`mediation organism`: make one; see mediation.organisms."""
+    from mediation.organisms.train import make_organism
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MediationError(f"{out} already holds something; choose a new folder.")
+    return report.organism(lambda show: make_organism(seed, family, out, show), quiet)
+
+
+def planted_command(organism: Path, prompts: int, seed: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation bench planted`: score an organism; see mediation.organisms.score."""
+    from mediation.organisms.score import score_organism
+
+    with _bar("prompts", quiet) as tick:
+        result = score_organism(organism, prompts=prompts, seed=seed, progress=tick)
+    if not quiet:
+        report.planted(result)
+    return result
+
+
+def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:
+    enums: dict[str, type[StrEnum]] = {"baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator}
+    return TraceSettings(**{k: _choice(enums[k], v, k) if k in enums else v for k, v in chosen.items()})
+
+
+def _choice(kind: type[Choice], value: str, name: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise MediationError(f"--{name} is {value!r}; give one of {', '.join(kind)}.") from None
+
+
+def _open(
+    source: Source, prompts: PromptSet, settings: TraceSettings
+) -> tuple[SubjectModel, list[Dictionary], Prepared]:
+    model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, str(model.device))
+    return model, dictionaries, prepare(prompts, model, dictionaries, settings)
+
+
+def _source_of(run: Run) -> tuple[Source, TraceSettings]:
+    """What a run was made from, out of its run.json."""
+    stored = run.settings
+    try:
+        source = Source(**{name: stored[name] for name in Source.__dataclass_fields__} | {"saes": tuple(stored["saes"])})
+        return source, _trace_settings({name: stored[name] for name in TraceSettings.__dataclass_fields__})
+    except (KeyError, TypeError) as error:
+        raise MediationError(f"{run.path} is not the run of a trace (its settings lack {error}).") from error
+
+
+def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path: Path) -> Dictionary:
+    """The dictionary whose rows the meta-dictionary was trained on."""
+    for dictionary in dictionaries:
+        if meta.base_hash == dictionary.content_hash:
+            return dictionary
+    raise MediationError(
+        f"{path} was not trained on any of the run's dictionaries; give the meta-SAE of one of them."
+    )
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar on standard error; yields tick(done, of)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=report.progress_console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -1,0 +1,77 @@
+"""What the estimators share: the behaviour's value, its gradient at sites, and the sparse contraction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mediation.behaviours import keep_positions, score
+from mediation.nodes import SiteState
+from mediation.prompts import Batch
+from mediation.sites import Site
+from mediation.subject import SubjectModel
+
+Edits = Mapping[Site, Callable[[Tensor], Tensor]]
+GATHER_NODES = 16_384  # nodes contracted at a time; bounds the [nodes, d_model] gather
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """Settings of all estimators: `steps` of the path integral, `chunk` sequences a forward in `exact`."""
+
+    steps: int = 10
+    chunk: int = 64
+
+
+@dataclass
+class NodeScores:
+    """Attribution of a state's nodes: `latents` [n], in the state's order, and `error` [B, T]."""
+
+    latents: Tensor
+    error: Tensor
+
+    def per_row(self, state: SiteState) -> Tensor:
+        """Sum over a row's latents and errors, [B]: what conservation compares with the total effect."""
+        total = torch.zeros(len(state.x), dtype=torch.float64, device=state.x.device)
+        total.index_add_(0, state.row, self.latents.double())
+        return total + self.error.double().sum(dim=1)
+
+
+def behaviour(model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False) -> Tensor:
+    """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten."""
+    tokens = batch.corrupt if corrupt else batch.clean
+    kept = keep_positions(batch)
+    with torch.no_grad():
+        forward = model.forward(tokens, batch.mask, edit=edit, positions=kept)
+        return score(forward.logits, batch, kept)
+
+
+def behaviour_gradient(
+    model: SubjectModel, batch: Batch, sites: Sequence[Site], edit: Edits | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """m [B] and its gradient [B, T, d] at each site, from one forward and one backward.
+
+    Rows are independent sequences, so the gradient of the sum over rows is each row's own.
+    """
+    kept = keep_positions(batch)
+    forward = model.forward(batch.clean, batch.mask, read=sites, edit=edit, positions=kept, grad=True)
+    m = score(forward.logits, batch, kept)
+    gradients = torch.autograd.grad(m.sum(), [forward.sites[site] for site in sites])
+    return m.detach(), list(gradients)
+
+
+def contract(state: SiteState, gradient: Tensor) -> NodeScores:
+    """A_i = (f_i - f'_i) g.w_i for every node and (eps - eps').g for every error node."""
+    decoder, delta = state.dictionary.decoder, state.delta
+    pieces = [
+        delta[part]
+        * torch.einsum(
+            "nd,nd->n", gradient[state.row[part], state.position[part]], decoder[state.latent[part]]
+        )
+        for part in torch.arange(len(delta), device=delta.device).split(GATHER_NODES)
+    ]
+    latents = torch.cat(pieces) if pieces else delta
+    return NodeScores(latents, torch.einsum("btd,btd->bt", state.error, gradient))

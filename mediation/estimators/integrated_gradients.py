@@ -1,0 +1,41 @@
+"""Integrated gradients in activation space (Sundararajan et al. 2017; Marks et al. 2024).
+
+Algorithm, for one site at a time
+1. Walk the straight path x(a) = x' + a (x - x') of the whole site (latents and error together).
+2. Average the behaviour's gradient over it with Gauss-Legendre nodes, which integrate a smooth
+   curve with far fewer points than the field's usual left Riemann sum.
+3. Contract like `atp`. Over a residual site the scores sum to m(x) - m(x'): conservation at a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mediation.estimators.common import EstimatorSettings, NodeScores, behaviour_gradient, contract
+from mediation.nodes import SiteState
+from mediation.prompts import Batch
+from mediation.subject import SubjectModel
+
+
+def path_gradient(model: SubjectModel, batch: Batch, state: SiteState, steps: int) -> Tensor:
+    """The behaviour's mean gradient along the path from baseline to clean at one site, [B, T, d]."""
+    site = state.dictionary.site
+    where = state.free.unsqueeze(-1)
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    mean = torch.zeros_like(state.x)
+    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+        on_path = torch.where(where, torch.lerp(state.baseline_x, state.x, float(point)), state.x)
+        _, (gradient,) = behaviour_gradient(model, batch, [site], {site: lambda _, x=on_path: x})
+        mean += float(weight) * gradient
+    return mean
+
+
+def ig(
+    model: SubjectModel, batch: Batch, states: Sequence[SiteState], settings: EstimatorSettings
+) -> list[NodeScores]:
+    """Path-averaged attribution of every node; `settings.steps` forwards and backwards per site."""
+    return [contract(state, path_gradient(model, batch, state, settings.steps)) for state in states]

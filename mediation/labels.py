@@ -1,0 +1,98 @@
+"""What a meta-latent means, from evidence: tagged texts, the unembedding, and where its latents fire.
+
+*Enrichment* (tagged texts)
+1. Run texts that say nothing of the fact but name its bearer, each with tags such as
+   {"profession": "baker"}; a meta-latent's score on a text is sum_i f_i z_ij over one role's tokens.
+2. For every attribute=value, the Mann-Whitney statistic of the score on texts with the tag against all
+   others, as a z-score corrected for ties. The label is the tag with the largest z, kept when its p-value
+   survives Holm's correction over all tags of that meta-latent.
+
+*Logit lens* (nostalgebraist 2020): the tokens whose logit the direction raises most, with the final
+norm's scale folded and the unembedding centred, so that no token wins by a common mean.
+
+*Contexts*: the tokens on which the latents that share a meta-latent fire hardest.
+
+Labels are hypotheses. Make them on other data than the figures they appear in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.metalatents import Decomposition
+from mediation.subject import SubjectModel
+
+LABELS_FILE = "labels.parquet"  # beside the weights of the dictionary or meta-dictionary it describes
+
+
+def meta_scores(
+    model: SubjectModel, dictionary: Dictionary, decomposition: Decomposition, tokens: Tensor, where: Tensor
+) -> Tensor:
+    """sum_i f_i z_ij over the positions marked in `where`; tokens and where [B, T] -> [B, n_meta]."""
+    site = dictionary.site
+    mask = (tokens != -1).long()
+    x = model.forward(tokens.clamp(min=0), mask, read=[site], logits=False).sites[site]
+    latents = (dictionary.encode(x) * where.unsqueeze(-1)).sum(dim=1)
+    used = (latents != 0).any(dim=0).nonzero().squeeze(1)
+    codes = decomposition.decompose(dictionary.decoder[used], used).codes
+    return latents[:, used] @ codes
+
+
+def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: float = 0.01) -> pl.DataFrame:
+    """Label meta-latents by the tag they are enriched for; scores [n_texts, n_meta], one dict of tags a text.
+
+    Returns columns meta, label ("attribute=value"), score (area under the ROC curve), p (Holm-corrected),
+    for the meta-latents that have one.
+    """
+    names = sorted({f"{key}={value}" for row in tags for key, value in row.items()})
+    member = np.array([[f"{k}={v}" in {f"{a}={b}" for a, b in row.items()} for row in tags]
+                       for k, v in (name.split("=", 1) for name in names)], dtype=np.float64)
+    values = scores.double().cpu().numpy()
+    n = len(values)
+    ranks = stats.rankdata(values, axis=0)
+    inside = member.sum(axis=1, keepdims=True)
+    outside = n - inside
+    u = member @ ranks - inside * (inside + 1) / 2
+    # The variance of U with ties: proportional to the variance of the ranks themselves.
+    spread = np.sqrt(np.maximum(inside * outside / (n * (n - 1)) * ranks.var(axis=0) * n, 1e-12))
+    z = np.where(inside * outside > 0, (u - inside * outside / 2) / spread, 0.0)
+    best = z.argmax(axis=0)
+    columns = np.arange(values.shape[1])
+    p = np.minimum(stats.norm.sf(z[best, columns]) * len(names), 1.0)
+    auc = u[best, columns] / np.maximum(inside * outside, 1)[best, 0]
+    table = pl.DataFrame({"meta": columns, "label": [names[k] for k in best], "score": auc, "p": p})
+    return table.filter(pl.col("p") <= alpha)
+
+
+def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:
+    """The `n` tokens each direction [m, d_model] raises most."""
+    norm, unembedding = model.final_norm_weight, model.unembedding
+    centred = unembedding - unembedding.mean(dim=0)
+    top = ((directions * norm) @ centred.T).topk(n, dim=1).indices.tolist()
+    return [[model.tokenizer.decode([token]) for token in row] for row in top]
+
+
+def save_labels(folder: str | Path, table: pl.DataFrame) -> None:
+    """Write labels beside the weights they describe; columns meta (or latent) and label at least."""
+    table.write_parquet(Path(folder) / LABELS_FILE)
+
+
+def load_labels(folder: str | Path) -> dict[int, str]:
+    """Labels by index, empty when the folder has none."""
+    path = Path(folder) / LABELS_FILE
+    if not path.exists():
+        return {}
+    try:
+        table = pl.read_parquet(path)
+        return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise MediationError(f"The labels in {path} cannot be read: {error}; delete the file to go without.") from error

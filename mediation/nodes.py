@@ -1,0 +1,162 @@
+"""Nodes of one batch at one site: what the dictionary says of the clean and of the baseline residual.
+
+Algorithm
+1. Encode the clean value x and the baseline value x' of the site, a few rows at a time.
+2. Gather only what is active in either: node (row, position, latent) with values f and f'.
+3. Everything the active latents do not explain of x - x' is the error node's difference
+   (eps - eps', plus the change of a run-time normalisation's constant, plus, under the mean
+   baseline, the mean of latents that are off), so that
+   sum_i (f_i - f'_i) w_i + error = x - x' holds by construction at every position.
+
+Positions where clean and corrupt cannot differ (before their first differing token; the first
+token, an attention sink, under the other baselines; padding) are held: they carry no node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mediation.dictionaries import Dictionary
+from mediation.prompts import Baseline, Batch
+from mediation.subject import SubjectModel
+
+ENCODE_TOKENS = 512  # tokens encoded at a time: the only dense [tokens, d_sae] block ever held
+
+
+@dataclass
+class SiteState:
+    """One site of one batch. Shapes: B rows, T positions, d = d_model, n active nodes.
+
+    `x` and `baseline_x` are [B, T, d]; `row`, `position`, `latent`, `clean`, `baseline` are [n];
+    `error` is [B, T, d], the error node's difference; `free` is [B, T], True where nodes may be.
+    """
+
+    dictionary: Dictionary
+    x: Tensor
+    baseline_x: Tensor
+    row: Tensor
+    position: Tensor
+    latent: Tensor
+    clean: Tensor
+    baseline: Tensor
+    error: Tensor
+    free: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """f - f' of every node, [n]."""
+        return self.clean - self.baseline
+
+    def subset(self, nodes: Tensor, errors: Tensor) -> SiteState:
+        """The same state with only some nodes: `nodes` indexes them, `errors` [B, T] marks error nodes."""
+        chosen = {name: getattr(self, name)[nodes] for name in ("row", "position", "latent", "clean", "baseline")}
+        return replace(self, free=self.free & errors, **chosen)
+
+
+@dataclass
+class MeanState:
+    """Mean over a prompt set of a site's value [d] and of its latents [d_sae]."""
+
+    x: Tensor
+    latents: Tensor
+
+
+def free_positions(batch: Batch, baseline: Baseline) -> Tensor:
+    """[B, T]: positions whose residual may differ between the clean and the baseline run."""
+    real = batch.mask.bool()
+    if baseline is Baseline.CORRUPT:
+        assert batch.corrupt is not None  # tokenize() has refused prompts without one
+        differs = (batch.clean != batch.corrupt) & real
+        return (differs.cumsum(dim=1) > 0) & real
+    free = real.clone()
+    free[:, 0] = False
+    return free
+
+
+def mean_state(model: SubjectModel, batches: list[Batch], dictionary: Dictionary) -> MeanState:
+    """The mean baseline: over all real tokens but the first of every clean prompt."""
+    site = dictionary.site
+    total_x = torch.zeros(model.d_model, dtype=torch.float64, device=model.device)
+    total_f = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=model.device)
+    count = 0
+    for batch in batches:
+        x = model.forward(batch.clean, batch.mask, read=[site], logits=False).sites[site]
+        chosen = x[free_positions(batch, Baseline.MEAN)]
+        for part in chosen.split(ENCODE_TOKENS):
+            total_f += dictionary.encode(part).sum(dim=0, dtype=torch.float64)
+        total_x += chosen.sum(dim=0, dtype=torch.float64)
+        count += len(chosen)
+    return MeanState((total_x / count).float(), (total_f / count).float())
+
+
+def site_state(
+    x: Tensor, other: Tensor | MeanState | None, batch: Batch, dictionary: Dictionary, baseline: Baseline
+) -> SiteState:
+    """Gather the nodes of one site.
+
+    `x` is the site's clean value [B, T, d]; `other` is its value on the corrupt prompts, the set's
+    mean, or None for the zero baseline.
+    """
+    free = free_positions(batch, baseline)
+    where = free.nonzero()
+    baseline_x = x.clone()
+    pieces: list[tuple[Tensor, ...]] = []
+    explained = torch.zeros_like(x)
+    for part in where.split(ENCODE_TOKENS):
+        at = (part[:, 0], part[:, 1])
+        split = dictionary.split(x[at])
+        if isinstance(other, Tensor):
+            f0, x0 = dictionary.encode(other[at]), other[at]
+            active = (split.latents != 0) | (f0 != 0)
+        elif other is None:
+            f0, x0 = torch.zeros_like(split.latents), split.constant
+            active = split.latents != 0
+        else:
+            f0, x0 = other.latents.expand_as(split.latents), other.x.expand_as(x[at])
+            active = split.latents != 0
+        baseline_x[at] = x0
+        difference = torch.where(active, split.latents - f0, 0.0)
+        explained[at] = difference @ dictionary.decoder
+        token, latent = active.nonzero(as_tuple=True)
+        pieces.append(
+            (part[token, 0], part[token, 1], latent, split.latents[token, latent], f0[token, latent])
+        )
+    if pieces:
+        row, position, latent, clean, off = (torch.cat(group) for group in zip(*pieces, strict=True))
+    else:
+        row = position = latent = torch.zeros(0, dtype=torch.long, device=x.device)
+        clean = off = torch.zeros(0, device=x.device)
+    return SiteState(
+        dictionary, x, baseline_x, row, position, latent, clean, off, x - baseline_x - explained, free
+    )
+
+
+def site_states(
+    model: SubjectModel,
+    batch: Batch,
+    dictionaries: list[Dictionary],
+    baseline: Baseline,
+    means: dict[str, MeanState] | None = None,
+) -> list[SiteState]:
+    """The state of every dictionary's site on one batch: one forward, two with corrupt prompts.
+
+    `means`, by dictionary name, is needed for the mean baseline only.
+    """
+    sites = [dictionary.site for dictionary in dictionaries]
+    clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
+    corrupt: dict | None = None
+    if baseline is Baseline.CORRUPT:
+        assert batch.corrupt is not None
+        corrupt = model.forward(batch.corrupt, batch.mask, read=sites, logits=False).sites
+    states = []
+    for dictionary in dictionaries:
+        other: Tensor | MeanState | None = None
+        if corrupt is not None:
+            other = corrupt[dictionary.site]
+        elif means is not None:
+            other = means[dictionary.name]
+        states.append(site_state(clean[dictionary.site], other, batch, dictionary, baseline))
+    return states

@@ -1,0 +1,1 @@
+"""Planted-fact model organisms: worlds with known answers and small models trained on them."""

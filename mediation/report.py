@@ -1,0 +1,165 @@
+"""What the commands show people in the terminal: tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from circuits.export import path_tree
+from circuits.graph import AttributionGraph
+from mediation.dictionaries import Dictionary
+from mediation.prompts import PromptSet
+from mediation.subject import SubjectModel
+
+console = Console()
+progress_console = Console(file=sys.stderr)
+SHOWN = 12  # rows of a table that people read; everything is in the run folder
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    for name in columns:
+        numeric = name.startswith("#")
+        table.add_column(name.removeprefix("#"), justify="right" if numeric else "left", no_wrap=numeric)
+    return table
+
+
+def opening(model: SubjectModel, dictionaries: Sequence[Dictionary], prompts: PromptSet, cost: str) -> None:
+    """What is about to run, and what it will cost."""
+    sites = ", ".join(f"{d.site.name} ({d.d_sae} latents)" for d in dictionaries)
+    console.print(
+        f"[bold]{escape(model.name)}[/bold] ({model.architecture}, {model.n_layers} layers, width {model.d_model}); "
+        f"dictionaries: {escape(sites)}; {len(prompts)} prompts; {cost}."
+    )
+
+
+def trace(result: dict[str, Any], model: SubjectModel) -> None:
+    """Total effect, trust figures, top latents."""
+    effect = result["total_effect"]
+    console.print(
+        f"\n[bold]Total effect on the prompt set[/bold]: {effect['mean']:+.2f} "
+        f"[{effect['low']:+.2f}, {effect['high']:+.2f}] nats over {effect['prompts']} prompts "
+        f"(behaviour {effect['clean']:+.2f} on clean prompts, {effect['baseline']:+.2f} at the baseline)."
+    )
+    _trust(result)
+    _latents(result, model)
+
+
+def _trust(result: dict[str, Any]) -> None:
+    table = _table(
+        "What these numbers can bear", "site", "#variance explained", "#L0", "#CE recovered", "#conservation gap",
+        "#on error nodes",
+    )  # fmt: skip
+    fidelity = dict(zip(result["conservation_gap"], result["fidelity"].values(), strict=True))
+    for site, gap in result["conservation_gap"].items():
+        one = fidelity[site]
+        table.add_row(
+            site, _number(one["variance_explained"]), _number(one["l0"], 1), _number(one["cross_entropy_recovered"]),
+            f"{gap:.2%}", f"{result['error_share'][site]:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    for name, each in result["estimator_vs_exact"].items():
+        console.print(
+            f"{name} against exact patching of {each['n']} sampled nodes: Pearson {_number(each['pearson'])}, "
+            f"Spearman {_number(each['spearman'])}, same sign {_number(each['sign'])}."
+        )
+
+
+def _latents(result: dict[str, Any], model: SubjectModel) -> None:
+    measured = {(row["site"], row["latent"]): row for row in result["effects"]}
+    table = _table(
+        "Top latents", "site", "role", "latent", "fires on", "#attribution", "#95 % interval", "#TIE", "#NIE",
+        "#prompts", caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
+    )  # fmt: skip
+    for row in result["top_latents"][:SHOWN]:
+        one = measured.get((row["site"], row["latent"]), {})
+        token = model.tokenizer.decode([row["token"]]) if model.tokenizer is not None else str(row["token"])
+        table.add_row(
+            row["site"], escape(row["role"]), "error" if row["latent"] is None else str(row["latent"]),
+            "" if row["latent"] is None else escape(repr(token)), f"{row['attribution']:+.3f}",
+            f"[{row['low']:+.3f}, {row['high']:+.3f}]".replace("[", r"\["), _number(one.get("tie")),
+            _number(one.get("nie")), str(row["prompts"] or ""),
+        )  # fmt: skip
+    console.print(table)
+
+
+def paths(graph: AttributionGraph, n: int) -> None:
+    """The strongest paths as a tree."""
+    console.print("\n[bold]Strongest paths[/bold], from the behaviour back to the tokens")
+    console.print(path_tree(graph, n))
+
+
+def flags(result: dict[str, Any]) -> None:
+    """Hidden facts with their proof."""
+    found = result["hidden_facts"]
+    table = _table(
+        "Hidden facts: used, though no latent for them fired", "fact", "expected", "in", "#removal", "#total effect",
+        "#hidden", "swap", "#p", "#q",
+        caption="removal: what the behaviour loses without the fact's part; swap: the counterpart's fact instead, "
+        "does the answer follow?",
+    )  # fmt: skip
+    for row in found[:SHOWN]:
+        table.add_row(
+            escape(row["fact"]), escape(row["expected_fact"] or "-"), escape(row["group"]), f"{row['effect']:+.2f}",
+            f"{row['total_effect']:+.2f}", f"{row['hidden_share']:.0%}", "follows" if row["swap_follows"] else "stays",
+            f"{row['p']:.3f}", f"{row['q']:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    more = f"; the {len(found) - SHOWN} others are in flags.parquet" if len(found) > SHOWN else ""
+    console.print(
+        f"{result['flagged_prompts']} of {result['evaluation_prompts']} evaluation prompts flagged, "
+        f"{result['tests']} tests{more}."
+    )
+    named = result["named_right"]
+    if named["of"]:
+        console.print(f"The top meta-latent is the expected fact in {named['right']} of {named['of']} prompts.")
+
+
+def files(*paths_written: Path) -> None:
+    for path in paths_written:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def closing(run: Path, seconds: float, megabytes: float) -> None:
+    console.print(f"\nDone in {seconds:.0f} s, {megabytes:.0f} MB at most. Run folder: [bold]{run}[/bold]", soft_wrap=True)
+
+
+def organism(
+    make: Callable[[Callable[[str, int, int], None]], dict[str, Any]], quiet: bool
+) -> dict[str, Any]:
+    """Make an organism under a progress bar, then show how well each stage came out."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console, disable=quiet, transient=True) as bar:
+        task = bar.add_task("organism", total=None)
+        result = make(lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of))
+    if not quiet:
+        table = _table("Organism", "measured", "#value")
+        for name, value in result.items():
+            table.add_row(name, _number(value) if isinstance(value, float) else str(value))
+        console.print(table)
+    return result
+
+
+def planted(result: dict[str, Any]) -> None:
+    """The score of an organism beside its baselines."""
+    table = _table("Which fact was used, on held-out people", "parts ranked", "#attribute named right")
+    table.add_row("meta-latents", _number(result["attribute_top1"]))
+    for name, value in result["baselines"].items():
+        table.add_row(name, _number(value))
+    table.add_row("chance", _number(result["chance"]))
+    console.print(table)
+    console.print(
+        f"value named right {_number(result['value_top1'])}; flagged {result['flag_rate']:.1%} of evaluation prompts; "
+        f"held-out linear decodability {_number(result['decodability'])}."
+    )
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,85 @@
+"""Where a dictionary reads: a layer and a stream, under any of the names the field gives it.
+
+A site has three spellings, and `Site.parse` reads them all:
+
+* SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``;
+* Hugging Face module paths: ``model.layers.8`` (what the block returns, resid_post),
+  ``model.layers.8.self_attn`` (attn_out), ``transformer.h.8.mlp`` (mlp_out);
+* the same with nnsight's ``.input`` or ``.output``: ``model.layers.8.input`` is resid_pre.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mediation.errors import MediationError
+
+
+class Stream(StrEnum):
+    """The four places in a block where the residual stream is read or added to."""
+
+    RESID_PRE = "resid_pre"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+
+
+_STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_OUT: 2, Stream.RESID_POST: 3}
+_SAELENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
+_MODULE = re.compile(
+    r"(?:[a-z_]\w*\.)*(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?(?:\.(input|output))?"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One stream of one block, layers counted from 0.
+
+    ``attn_out`` and ``mlp_out`` are what is *added* to the residual stream: after the post-norm where
+    the architecture has one (Gemma 2 and 3).
+    """
+
+    layer: int
+    stream: Stream
+
+    @property
+    def name(self) -> str:
+        """The SAELens name, for example ``blocks.8.hook_resid_pre``."""
+        return f"blocks.{self.layer}.hook_{self.stream}"
+
+    @property
+    def depth(self) -> int:
+        """Topological order: the same for resid_post of a layer and resid_pre of the next, one vector."""
+        return 3 * self.layer + _STEP[self.stream]
+
+    def canonical(self) -> Site:
+        """Itself, but resid_post of layer l becomes resid_pre of layer l + 1, which holds the same vector."""
+        if self.stream is Stream.RESID_POST:
+            return Site(self.layer + 1, Stream.RESID_PRE)
+        return self
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """Read a SAELens name or a Hugging Face module path.
+
+        Raises:
+            MediationError: The name is neither, or names a point that is not one of the four streams.
+        """
+        if match := _SAELENS.fullmatch(name):
+            return cls(int(match[1]), Stream(match[2]))
+        if match := _MODULE.fullmatch(name):
+            layer, module, port = int(match[1]), match[2], match[3]
+            if module is None:
+                return cls(layer, Stream.RESID_PRE if port == "input" else Stream.RESID_POST)
+            if port != "input":
+                return cls(layer, Stream.MLP_OUT if module == "mlp" else Stream.ATTN_OUT)
+        raise MediationError(
+            f"{name!r} names no site that can be hooked: use blocks.N.hook_S with S one of "
+            f"{', '.join(Stream)}, or a module path such as model.layers.N, model.layers.N.self_attn "
+            "or model.layers.N.mlp."
+        )

@@ -1,0 +1,375 @@
+"""`mediation trace`: which latents mediate a behaviour on a prompt set, by how much, how sure.
+
+Algorithm
+1. Measure every dictionary's fidelity on the prompts at hand.
+2. For each batch: gather the nodes of every site; attribute them with `atp` and `ig` (and `exact` when it
+   is the chosen estimator); measure the total effect; patch a stratified sample of nodes exactly.
+   One shard of nodes, prompts and calibration per batch, so that a killed run resumes at the next batch.
+3. Over the set: conservation gap at each site, agreement of each estimator with `exact`, share of
+   attribution on error nodes, and the top latents with bootstrap intervals over prompts.
+4. For the top latents, total indirect and natural indirect effects, measured.
+
+A prompt whose answers have several tokens is two sequences; its attributions are their sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from mediation.behaviours import Behaviour
+from mediation.dictionaries import Dictionary, Fidelity, measure_fidelity
+from mediation.effects import effects, total_effect
+from mediation.errors import MediationError
+from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, exact
+from mediation.nodes import MeanState, SiteState, mean_state, site_states
+from mediation.prompts import Baseline, Batch, Example, PromptSet, batches, tokenize
+from mediation.runs import Run
+from mediation.statistics import agreement, bootstrap_interval, stratified_sample
+from mediation.subject import SubjectModel
+
+NODE_KEYS = ["prompt", "site", "position", "latent"]  # latent is null for an error node
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Settings of a trace. `sample` nodes of each site are patched exactly; `top` latents are reported."""
+
+    baseline: Baseline = Baseline.CORRUPT
+    behaviour: Behaviour = Behaviour.LOGIT_DIFF
+    estimator: Estimator = Estimator.IG
+    steps: int = 10
+    batch_size: int = 16
+    chunk: int = 64
+    sample: int = 128
+    top: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "chunk", "top"):
+            if getattr(self, name) < 1:
+                raise MediationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more.")
+
+    @property
+    def estimators(self) -> EstimatorSettings:
+        return EstimatorSettings(steps=self.steps, chunk=self.chunk)
+
+
+@dataclass
+class Prepared:
+    """A prompt set tokenised for a model: its batches, and the mean state where the baseline needs it."""
+
+    prompts: PromptSet
+    batches: list[Batch]
+    means: dict[str, MeanState] | None
+
+
+def prepare(
+    prompts: PromptSet, model: SubjectModel, dictionaries: Sequence[Dictionary], settings: TraceSettings
+) -> Prepared:
+    """Tokenise and batch; everything that can be wrong with the input is found here, before any work."""
+    names = [dictionary.site.canonical() for dictionary in dictionaries]
+    if len(set(names)) < len(names):
+        raise MediationError("Two dictionaries read the same site; give one dictionary for each site.")
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    examples = tokenize(prompts, model, baseline=settings.baseline, behaviour=settings.behaviour)
+    prepared = [batch.to(model.device) for batch in batches(examples, settings.batch_size)]
+    means = None
+    if settings.baseline is Baseline.MEAN:
+        means = {d.name: mean_state(model, prepared, d) for d in dictionaries}
+    return Prepared(prompts, prepared, means)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a trace will cost, from a probe of its first batch."""
+
+    seconds: float
+    memory_mb: float
+
+    def __str__(self) -> str:
+        return f"about {self.seconds:.0f} s and {self.memory_mb:.0f} MB"
+
+
+def estimate(
+    model: SubjectModel, dictionaries: Sequence[Dictionary], prepared: Prepared, settings: TraceSettings
+) -> Estimate:
+    """Time one forward of the middle batch and scale by the passes to come (a backward counts two)."""
+    probe = prepared.batches[len(prepared.batches) // 2]
+    start = time.perf_counter()
+    model.forward(probe.clean, probe.mask, positions=probe.target_positions.unique())
+    second = (time.perf_counter() - start) / probe.clean.numel()
+    tokens = sum(batch.clean.numel() for batch in prepared.batches)
+    per_token = 2 + 3 + len(dictionaries) * (3 * settings.steps + 1)
+    longest = max(batch.clean.shape[1] for batch in prepared.batches)
+    sampled = len(dictionaries) * settings.sample * longest
+    weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    weights += sum(8 * d.d_sae * d.d_model for d in dictionaries)
+    activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
+    return Estimate(second * (tokens * per_token + sampled), (weights + activations) / 2**20)
+
+
+def trace(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    prepared: Prepared,
+    run: Run,
+    settings: TraceSettings,
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Steps 1 to 4; everything it finds is in the run folder (see `summary`)."""
+    with run.timed("fidelity"):
+        run.record(fidelity={d.name: asdict(fidelity(model, d, prepared)) for d in dictionaries})
+    with run.timed("attribution"):
+        for number, batch in enumerate(prepared.batches):
+            name = f"{number:05d}"
+            if not run.has_shard("prompts", name):  # written last, so it marks the batch as done
+                _trace_batch(model, dictionaries, batch, prepared, run, settings, name)
+            progress(number + 1, len(prepared.batches))
+    with run.timed("effects"):
+        run.record(trust=trust(run), effects=top_effects(model, dictionaries, prepared, run, settings))
+
+
+def fidelity(model: SubjectModel, dictionary: Dictionary, prepared: Prepared) -> Fidelity:
+    """The dictionary's fidelity on the clean prompts."""
+    rows = [row for batch in prepared.batches for row in batch.clean.split(1)]
+    masks = [row for batch in prepared.batches for row in batch.mask.split(1)]
+    longest = max(row.shape[1] for row in rows)
+    tokens = torch.cat([torch.nn.functional.pad(row, (0, longest - row.shape[1])) for row in rows])
+    mask = torch.cat([torch.nn.functional.pad(row, (0, longest - row.shape[1])) for row in masks])
+    return measure_fidelity(model, dictionary, tokens, mask, batch_size=len(prepared.batches[0]))
+
+
+def _trace_batch(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    batch: Batch,
+    prepared: Prepared,
+    run: Run,
+    settings: TraceSettings,
+    name: str,
+) -> None:
+    """Step 2 for one batch."""
+    states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
+    wanted = dict.fromkeys([Estimator.ATP, Estimator.IG, settings.estimator])
+    scores = {each: ESTIMATORS[each](model, batch, states, settings.estimators) for each in wanted}
+    nodes, prompts, calibration = [], [], []
+    for index, state in enumerate(states):
+        of_state = {each: scores[each][index] for each in wanted}
+        nodes.append(node_table(state, of_state, batch, prepared.prompts))
+        clean, off = total_effect(model, batch, state, settings.baseline)
+        totals = {each.value: of_state[each].per_row(state).cpu().numpy() for each in wanted}
+        prompts.append(
+            pl.DataFrame(
+                {
+                    "prompt": [prepared.prompts[i].id for i in batch.prompt.tolist()],
+                    "site": state.dictionary.site.name,
+                    "clean": clean.double().cpu().numpy(),
+                    "baseline": off.double().cpu().numpy(),
+                    **totals,
+                }
+            )
+        )
+        share = -(-settings.sample * len(batch) // sum(map(len, prepared.batches)))
+        calibration.append(calibrate(model, batch, state, of_state, share, settings))
+    run.write_shard("nodes", name, pl.concat(nodes))
+    run.write_shard("calibration", name, pl.concat(calibration))
+    run.write_shard("prompts", name, pl.concat(prompts))
+
+
+def node_table(
+    state: SiteState, scores: dict[Estimator, NodeScores], batch: Batch, prompts: PromptSet
+) -> pl.DataFrame:
+    """Nodes of one state by prompt: NODE_KEYS, id, role, token, clean, baseline and a column per estimator."""
+    error_row, error_position = state.free.nonzero(as_tuple=True)
+    row = torch.cat([state.row, error_row]).cpu().numpy()
+    position = torch.cat([state.position, error_position]).cpu().numpy()
+    errors = len(error_row)
+    nothing = np.full(errors, np.nan)
+    columns: dict[str, object] = {
+        "prompt": [prompts[batch.examples[r].prompt].id for r in row],
+        "site": state.dictionary.site.name,
+        "position": position,
+        "latent": pl.Series([*state.latent.tolist(), *[None] * errors], dtype=pl.Int64),
+        "role": [role_of(batch.examples[r], p) for r, p in zip(row, position, strict=True)],
+        "token": [batch.examples[r].clean[p] for r, p in zip(row, position, strict=True)],
+        "clean": np.concatenate([state.clean.cpu().numpy(), nothing]),
+        "baseline": np.concatenate([state.baseline.cpu().numpy(), nothing]),
+    }
+    for name, each in scores.items():
+        values = torch.cat([each.latents, each.error[error_row, error_position]])
+        columns[name.value] = values.double().cpu().numpy()
+    table = pl.DataFrame(columns)
+    sums = [pl.col(each.value).sum() for each in scores]
+    return table.group_by(NODE_KEYS, maintain_order=True).agg(
+        pl.col("role", "token", "clean", "baseline").first(), *sums
+    )
+
+
+def role_of(example: Example, position: int) -> str:
+    """The prompt's own role of a token; else "end" for the prompt's last, "answer" beyond it, "rest" before."""
+    end = min(target[0] for target in example.targets)
+    if position > end:
+        return "answer"
+    return example.roles[position] or ("end" if position == end else "rest")
+
+
+def prompt_table(run: Run) -> pl.DataFrame:
+    """One row per prompt and site: clean, baseline, and the sum of each estimator over all nodes."""
+    return run.read("prompts").group_by("prompt", "site", maintain_order=True).sum()
+
+
+def calibrate(
+    model: SubjectModel,
+    batch: Batch,
+    state: SiteState,
+    scores: dict[Estimator, NodeScores],
+    n: int,
+    settings: TraceSettings,
+) -> pl.DataFrame:
+    """Patch a stratified sample of n of the state's nodes exactly, latents and errors alike."""
+    error_at = state.free.nonzero()
+    ranked = scores[settings.estimator]
+    sizes = torch.cat([ranked.latents, ranked.error[error_at[:, 0], error_at[:, 1]]])
+    chosen = torch.from_numpy(stratified_sample(sizes.cpu().numpy(), n, seed=settings.seed)).to(sizes.device)
+    latents = chosen[chosen < len(state.row)]
+    errors = error_at[chosen[chosen >= len(state.row)] - len(state.row)]
+    marked = torch.zeros_like(state.free)
+    marked[errors[:, 0], errors[:, 1]] = True
+    (measured,) = exact(model, batch, [state.subset(latents, marked)], settings.estimators)
+
+    def flat(values: NodeScores, chosen_latents: Tensor) -> np.ndarray:
+        parts = [values.latents[chosen_latents], values.error[errors[:, 0], errors[:, 1]]]
+        return torch.cat(parts).double().cpu().numpy()
+
+    every = torch.arange(len(latents), device=latents.device)
+    return pl.DataFrame(
+        {
+            "site": [state.dictionary.site.name] * len(chosen),
+            "error": [False] * len(latents) + [True] * len(errors),
+            "exact_effect": flat(measured, every),
+            Estimator.ATP.value: flat(scores[Estimator.ATP], latents),
+            Estimator.IG.value: flat(scores[Estimator.IG], latents),
+        }
+    )
+
+
+def trust(run: Run) -> dict[str, object]:
+    """Step 3: what the numbers of a run can bear."""
+    prompts, sample, nodes = prompt_table(run), run.read("calibration"), run.read("nodes")
+    effect = prompts["clean"] - prompts["baseline"]
+    per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by("site", maintain_order=True)
+    gaps = per_site.agg(gap=pl.col("gap").mean() / pl.col("te").abs().mean())
+    on_error = nodes.group_by("site", maintain_order=True).agg(
+        share=pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
+    )
+    measured = sample["exact_effect"].to_numpy()
+    compared = {
+        name: asdict(agreement(sample[name].to_numpy(), measured)) for name in (Estimator.ATP, Estimator.IG)
+    }
+    return {
+        "conservation_gap": dict(gaps.iter_rows()),
+        "error_share": dict(on_error.iter_rows()),
+        "estimator_vs_exact": {name.value: value for name, value in compared.items()},
+    }
+
+
+def set_effect(run: Run, *, seed: int = 0) -> dict[str, float]:
+    """Mean total effect over the prompts at the first site, with its bootstrap interval."""
+    prompts = prompt_table(run)
+    first = prompts.filter(pl.col("site") == prompts["site"][0])
+    values = (first["clean"] - first["baseline"]).to_numpy()
+    low, high = bootstrap_interval(values, seed=seed)
+    return {
+        "mean": float(values.mean()),
+        "low": float(low),
+        "high": float(high),
+        "clean": float(first["clean"].mean()),  # type: ignore[arg-type]
+        "baseline": float(first["baseline"].mean()),  # type: ignore[arg-type]
+        "prompts": len(values),
+    }
+
+
+def top_latents(
+    run: Run, n: int, *, by_site: bool = False, estimator: Estimator = Estimator.IG, seed: int = 0
+) -> pl.DataFrame:
+    """The n strongest (site, role, latent) of the set by |mean attribution|, errors included.
+
+    With `by_site`, the n strongest latents of each site and all its error nodes.
+
+    Attribution is summed over a role's positions in each prompt and averaged over all prompts, counting
+    zero where the latent has no node; low and high are the bootstrap interval of that mean. `prompts` counts
+    those on whose clean side it is active, `token` is the id of the token it fires hardest on.
+    """
+    nodes, prompts = run.read("nodes"), run.read("prompts")["prompt"].unique(maintain_order=True)
+    keys = ["site", "role", "latent"]
+    sums = nodes.group_by([*keys, "prompt"], maintain_order=True).agg(
+        attribution=pl.col(estimator.value).sum(),
+        peak=pl.col("clean").max(),
+        token=pl.col("token").sort_by("clean", descending=True).first(),
+    )
+    strongest = (
+        sums.group_by(keys, maintain_order=True)
+        .agg(
+            attribution=pl.col("attribution").sum() / len(prompts),
+            prompts=(pl.col("peak") != 0).sum(),
+            token=pl.col("token").sort_by("peak", descending=True).first(),
+        )
+        .sort(pl.col("attribution").abs(), descending=True, maintain_order=True)
+    )
+    if by_site:
+        place = pl.col("attribution").cum_count().over("site", pl.col("latent").is_null())
+        strongest = strongest.filter((place <= n) | pl.col("latent").is_null())
+    else:
+        strongest = strongest.head(n)
+    strongest = strongest.with_row_index("rank")
+    chosen = sums.join(strongest.select("rank", *keys), on=keys, nulls_equal=True)
+    values = np.zeros((len(prompts), len(strongest)))
+    order = {prompt: i for i, prompt in enumerate(prompts)}
+    rows = [order[prompt] for prompt in chosen["prompt"]]
+    values[rows, chosen["rank"].to_numpy()] = chosen["attribution"].to_numpy()
+    low, high = bootstrap_interval(values, seed=seed)
+    return strongest.with_columns(low=pl.Series(low), high=pl.Series(high))
+
+
+def top_effects(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    prepared: Prepared,
+    run: Run,
+    settings: TraceSettings,
+) -> list[dict[str, object]]:
+    """Step 4: mean TE, TIE, NIE, NDE over the prompts of each top latent, at all its positions together."""
+    table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    found = []
+    for dictionary in dictionaries:
+        here = table.filter((pl.col("site") == dictionary.site.name) & pl.col("latent").is_not_null())
+        latents = here["latent"].unique(maintain_order=True).to_list()
+        if not latents:
+            continue
+        sums = np.zeros((4, len(latents)))
+        for batch, state in _states(model, dictionary, prepared, settings):
+            mediators = [(state.latent == latent).nonzero().squeeze(1) for latent in latents]
+            measured = effects(model, batch, state, settings.baseline, mediators)
+            te = measured.te[:, None].expand_as(measured.tie)
+            sums += torch.stack([te, measured.tie, measured.nie, measured.nde]).double().sum(dim=1).cpu().numpy()
+        for latent, column in zip(latents, (sums / len(prepared.prompts)).T, strict=True):
+            named = dict(zip(("te", "tie", "nie", "nde"), column.tolist(), strict=True))
+            found.append({"site": dictionary.site.name, "latent": latent, **named})
+    return found
+
+
+def _states(
+    model: SubjectModel, dictionary: Dictionary, prepared: Prepared, settings: TraceSettings
+) -> Iterator[tuple[Batch, SiteState]]:
+    for batch in prepared.batches:
+        (state,) = site_states(model, batch, [dictionary], settings.baseline, prepared.means)
+        yield batch, state

@@ -1,0 +1,84 @@
+"""Small real set-ups shared by tests: a tiny saved model, random SAELens dictionaries, contrast pairs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from torch import nn
+
+from mediation.dictionaries import Dictionary
+from mediation.prompts import Batch, Example, collate
+from mediation.subject import SubjectModel
+from tests.tiny_models import D_MODEL, LAYERS, save_tiny
+
+
+def shared_data(*parts: str) -> Path:
+    """A path in the public data beside the checkout (or in $MEDIATION_DATA); skips where it is absent."""
+    root = os.environ.get("MEDIATION_DATA") or Path(__file__).parents[2] / "shared" / "data"
+    path = Path(root).joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs the public data at {'/'.join(parts)} (set MEDIATION_DATA)")
+    return path
+
+
+def random_dictionary(
+    folder: Path, hook: str, *, architecture: str = "standard", d_in: int = D_MODEL, d_sae: int = 48, seed: int = 0
+) -> Dictionary:
+    """A random dictionary saved by SAELens and loaded back; decoder rows of various norms, about half on."""
+    generator = torch.Generator().manual_seed(seed)
+    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "metadata": SAEMetadata(hook_name=hook)}
+    sae: Any
+    if architecture == "jumprelu":
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
+        sae.threshold.data.fill_(0.1)
+    else:
+        sae = StandardSAE(StandardSAEConfig(**common))
+    for name, scale in (("W_enc", 0.5), ("W_dec", 0.5), ("b_enc", 0.1), ("b_dec", 0.1)):
+        parameter = getattr(sae, name).data
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    sae.save_model(folder)
+    return Dictionary.load(folder)
+
+
+def pairs(n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0) -> list[Example]:
+    """Contrast pairs of random tokens: different lengths, one token exchanged, a logit difference at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(n):
+        length = 4 + index % (longest - 3)
+        clean = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        other = list(clean)
+        other[1] = 3 + (clean[1] + 7) % (vocab - 3)
+        targets = [(length - 1, 10, 1), (length - 1, 11, -1)]
+        examples.append(Example(index, clean, other if corrupt else None, targets, [""] * length))
+    return examples
+
+
+def batch_of(n: int = 4, *, corrupt: bool = True) -> Batch:
+    return collate(pairs(n, corrupt=corrupt))
+
+
+def tiny(folder: Path, kind: str = "llama") -> SubjectModel:
+    return SubjectModel.load(save_tiny(kind, folder), device="cpu")
+
+
+def linear_model(folder: Path) -> SubjectModel:
+    """A GPT-2 in which every site's influence on the logits is linear.
+
+    Identity norms, identity activation, and zero queries and keys, which make attention a plain mean.
+    """
+    model = tiny(folder, "gpt2")
+    transformer = model.module.transformer
+    transformer.ln_f = nn.Identity()
+    for block in transformer.h:
+        block.ln_1, block.ln_2, block.mlp.act = nn.Identity(), nn.Identity(), nn.Identity()
+        block.attn.c_attn.weight.data[:, : 2 * D_MODEL] = 0.0
+        block.attn.c_attn.bias.data[: 2 * D_MODEL] = 0.0
+    assert len(transformer.h) == LAYERS
+    return model
