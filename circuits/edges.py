@@ -231,7 +231,7 @@ class _Collector:
         latent = torch.cat([self.sources.latent[mine], torch.full_like(rest_position, REST)])
         rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[row])[:, rest_position]
         weights = torch.cat([self._latents(mine, pulled), rest], dim=1)
-        before = position < last.unsqueeze(1)
+        before = position <= last.unsqueeze(1)
         self.total[targets] = torch.where(before, weights, 0.0).sum(dim=1)
         for target, weight, allowed in zip(targets, weights, before.expand_as(weights), strict=True):
             kept = allowed.nonzero()[:, 0]

@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
     return xml_text(value) if isinstance(value, str) else value
 
 
-def tree(graph: AttributionGraph, paths: list[GraphPath] | int = 12) -> Tree:
+def path_tree(graph: AttributionGraph, paths: list[GraphPath] | int = 12) -> Tree:
     """The strongest paths as a terminal tree: the target is the root, its mediators hang below it.
 
     Paths (given, or the n strongest) that end alike share their branch. The number before a node is what

@@ -73,7 +73,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GROUPED, query_pre_attn_scalar=4, sliding_window=4),
     "gemma3_text": lambda: Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=4, sliding_window=4),
     "gemma3": lambda: Gemma3Config(
-        text_config=Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=4, sliding_window=4), vision_config=_VISION,
+        text_config=Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=4, sliding_window=4),
+        vision_config=_VISION,
         mm_tokens_per_image=4, image_token_index=3, boi_token_index=3, eoi_token_index=3,
     ),
     "gpt2": lambda: GPT2Config(

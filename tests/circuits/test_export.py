@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.tree import Tree
 
-from circuits.export import to_graphml, tree
+from circuits.export import path_tree, to_graphml
 from tests.circuits.random_graphs import random_graph
 
 
@@ -48,7 +48,7 @@ def test_graphml_of_any_text_and_meta_data_is_well_formed() -> None:
 def test_tree_has_one_leaf_per_path_and_shares_tails() -> None:
     graph = random_graph(2)
     paths = graph.strongest_paths(9)
-    root = tree(graph, 9)
+    root = path_tree(graph, 9)
 
     def count(branch: Tree) -> tuple[int, int]:
         if not branch.children:
@@ -69,7 +69,7 @@ def test_tree_colours_by_sign_and_prints_labels_as_they_are() -> None:
     graph.digraph.nodes[latent]["label"] = "[/red] [bold]x"
     graph.digraph.edges[latent, "target"]["contribution"] = -0.5
     graph.digraph.edges["embed/0", latent]["contribution"] = 0.25
-    text = shown(tree(graph))
+    text = shown(path_tree(graph))
     assert "[/red] [bold]x" in text
     assert "\x1b[31m-0.500" in text
     assert "\x1b[32m+0.250" in text

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
@@ -132,6 +132,12 @@ frames = st.lists(
 )
 
 
+@example(
+    shards={
+        "a.b": pl.DataFrame({"node": ["y"], "effect": [2.0], "position": [2]}),
+        "a": pl.DataFrame({"node": ["x"], "effect": [1.0], "position": [1]}),
+    }
+)
 @given(
     shards=st.dictionaries(
         st.from_regex(r"[a-z0-9][a-z0-9._\-]{0,8}", fullmatch=True), frames, min_size=1, max_size=4

@@ -204,6 +204,15 @@ def test_padding_and_batch_size_change_nothing(
         )
 
 
+def test_the_mask_reaches_the_model(llama: SubjectModel) -> None:
+    """Causal attention hides right padding from real tokens by itself; only padded positions tell."""
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    expected = llama.module(input_ids=TOKENS, attention_mask=mask).logits
+    found = llama.forward(TOKENS, mask).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(expected, llama.module(input_ids=TOKENS).logits)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_positions_keeps_only_those_logits(tiny: Callable[[str], SubjectModel], kind: str) -> None:
     model = tiny(kind)
@@ -317,8 +326,10 @@ def test_gradient_reaches_what_an_edit_brings(llama: SubjectModel) -> None:
 
 
 def test_no_graph_without_grad(llama: SubjectModel) -> None:
+    """Whatever the caller's own mode is and whatever an edit brings in."""
+    coefficient = torch.tensor(0.5, requires_grad=True)
     with torch.enable_grad():
-        forward = llama.forward(TOKENS, read=ALL_SITES)
+        forward = llama.forward(TOKENS, read=ALL_SITES, edit={ALL_SITES[0]: lambda x: coefficient * x})
     assert forward.logits is not None
     assert not forward.logits.requires_grad
     assert not any(value.requires_grad for value in forward.sites.values())
@@ -465,6 +476,11 @@ def test_weights_missing_broken_or_pickled(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(b"not safetensors")
     refuses("cannot be loaded", lambda: SubjectModel.load(folder, device="cpu"))
+    pickled = save_tiny("llama", tmp_path / "pickled")
+    state = SubjectModel.load(pickled, device="cpu").module.state_dict()
+    torch.save(state, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").rename(pickled / "model-odd.safetensors")
+    refuses("cannot be loaded", lambda: SubjectModel.load(pickled, device="cpu"))
     weights.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     refuses("never opened", lambda: SubjectModel.load(folder, device="cpu"))

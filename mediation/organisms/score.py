@@ -1,0 +1,165 @@
+"""Scores the method on an organism, where the fact behind every opinion is known by construction.
+
+1. Name meta-latents from people who are *not* scored: run their bare names, and give each meta-latent the
+   attribute=value it is most enriched for (mediation.labels).
+2. On opinion prompts of held-out people, rank the parts of the latents' effect at the last-name token by
+   their Shapley values. Right at top 1: the first part present in the clean prompt is named by the attribute
+   the claim depends on (`attribute_top1`), or also by the person's value of it (`value_top1`). A prompt
+   without a named part counts as wrong.
+3. The same with other parts: the latents themselves, orthogonal matching pursuit over the dictionary's own
+   rows, the nearest own row, and a meta-SAE trained on randomly rotated rows.
+4. Flags: discovery and evaluation halves, removal tests against controls; `flag_rate` is the share of
+   evaluation prompts with at least one hidden fact flagged. In a null organism every flag is false.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.facts import FactSettings, find_hidden_facts, split_prompt
+from mediation.labels import enrichment, meta_scores
+from mediation.metalatents import Decomposition, MatchingPursuit, MetaDictionary, rotated
+from mediation.organisms.world import World, opinion_rows
+from mediation.prompts import Baseline, PromptSet, collate, tokenize
+from mediation.subject import SubjectModel
+
+LAST_NAME = 2  # tokens of a bare name: BOS, first, last
+BASELINE_PROMPTS = 100  # prompts on which the baselines are scored
+
+
+@dataclass
+class Organism:
+    """An organism's folder, opened: model, world, the dictionary that was decomposed, and its meta-dictionary."""
+
+    folder: Path
+    model: SubjectModel
+    world: World
+    dictionary: Dictionary
+    meta: MetaDictionary
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Organism:
+        folder = Path(folder)
+        if not (folder / "world.json").exists():
+            raise MediationError(f"{folder} is not an organism: it has no world.json; make one with mediation organism.")
+        (meta,) = sorted((folder / "meta").iterdir())
+        return cls(
+            folder,
+            SubjectModel.load(folder / "model", device="cpu"),
+            World.load(folder),
+            Dictionary.load(folder / "saes" / meta.name),
+            MetaDictionary.load(meta),
+        )
+
+
+def label_parts(
+    model: SubjectModel, dictionary: Dictionary, decomposition: Decomposition, world: World
+) -> pl.DataFrame:
+    """Step 1: labels of a decomposition's parts, from the people whose opinions are not scored."""
+    people = [world.people[index] for index in world.label_people]
+    tokens = torch.tensor([model.encode(person.name) for person in people])
+    where = torch.zeros_like(tokens)
+    where[:, LAST_NAME] = 1
+    return enrichment(
+        meta_scores(model, dictionary, decomposition, tokens, where), [person.facts for person in people]
+    )
+
+
+def score_organism(
+    folder: Path,
+    *,
+    prompts: int = 300,
+    seed: int = 0,
+    settings: FactSettings | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Steps 1 to 4. Returns attribute_top1, value_top1, chance, flag_rate, decodability, baselines and more."""
+    organism = Organism.load(folder)
+    world, model = organism.world, organism.model
+    settings = settings or FactSettings(seed=seed)
+    rows = opinion_rows(world, world.held_out, partners=world.held_out, limit=prompts, seed=seed)
+    attributes = {row["id"]: (row["attribute"], f"{row['attribute']}={world.people[row['person']].facts[row['attribute']]}") for row in rows}
+    asked = PromptSet.from_rows(rows)
+    labels = _label_map(label_parts(model, organism.dictionary, organism.meta, world))
+    discovery, evaluation = asked.split(0.5, seed)
+    done = iter(range(1, len(asked) + 1))
+    table = find_hidden_facts(
+        model,
+        organism.dictionary,
+        organism.meta,
+        (discovery, tokenize(discovery, model)),
+        (evaluation, tokenize(evaluation, model)),
+        Baseline.CORRUPT,
+        settings,
+        labels=labels,
+        progress=lambda _: progress(next(done), len(asked)),
+    )
+    named = {row["prompt"]: row["label"] for row in table.filter(pl.col("rank") == 1).iter_rows(named=True)}
+    flagged = table.filter(pl.col("flagged"))["prompt"].n_unique()
+    measured = json.loads((folder / "organism.json").read_text(encoding="utf-8"))
+    return {
+        **_top1(named, attributes),
+        "chance": 1 / len(world.attributes),
+        "flag_rate": flagged / len(evaluation),
+        "decodability": measured["decodability"],
+        "baselines": baselines(organism, asked[:BASELINE_PROMPTS], attributes, settings),
+        "prompts": len(asked),
+        "family": world.family,
+        "seed": world.seed,
+        "opinion_accuracy": measured["opinion_accuracy_held_out"],
+    }
+
+
+def baselines(
+    organism: Organism, asked: PromptSet, attributes: dict[str, tuple[str, str]], settings: FactSettings
+) -> dict[str, float]:
+    """Step 3: attribute_top1 with other parts of the same latents."""
+    rows = organism.dictionary.decoder
+    alive = rows[rows.norm(dim=1) > 0]
+    others: dict[str, Decomposition] = {
+        "top latent": MatchingPursuit(rows, k=1, own=True),
+        "matching pursuit": MatchingPursuit(rows, k=organism.meta.k),
+        "nearest row": MatchingPursuit(rows, k=1),
+        "random meta-SAE": MetaDictionary.train(
+            rotated(alive, seed=0), width=len(organism.meta.directions), k=organism.meta.k
+        ),
+    }
+    return {
+        name: _top1(_named(organism, each, asked, settings), attributes)["attribute_top1"]
+        for name, each in others.items()
+    }
+
+
+def _named(
+    organism: Organism, decomposition: Decomposition, asked: PromptSet, settings: FactSettings
+) -> dict[str, str]:
+    """The label of each prompt's top part."""
+    model, dictionary = organism.model, organism.dictionary
+    labels = _label_map(label_parts(model, dictionary, decomposition, organism.world))
+    named = {}
+    for prompt, example in zip(asked, tokenize(asked, model), strict=True):
+        split = split_prompt(model, collate([example]), dictionary, decomposition, Baseline.CORRUPT, settings)
+        if split.top is not None and split.top in labels:
+            named[prompt.id] = labels[split.top]
+    return named
+
+
+def _top1(named: dict[str, str], attributes: dict[str, tuple[str, str]]) -> dict[str, float]:
+    asked = {prompt: truth for prompt, truth in attributes.items()}
+    attribute = sum(named.get(prompt, "").split("=")[0] == truth[0] for prompt, truth in asked.items())
+    value = sum(named.get(prompt) == truth[1] for prompt, truth in asked.items())
+    return {"attribute_top1": attribute / len(asked), "value_top1": value / len(asked)}
+
+
+def _label_map(table: pl.DataFrame) -> dict[int, str]:
+    return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
+
