@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,8 @@ from mediation.estimators import Estimator
 from mediation.facts import FactSettings, find_hidden_facts
 from mediation.labels import load_labels
 from mediation.metalatents import MetaDictionary
+from mediation.metasplit import meta_split
 from mediation.nodes import mean_state
-from mediation.parts import meta_split
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.runs import Run, peak_memory_mb
 from mediation.subject import SubjectModel
@@ -93,9 +94,7 @@ def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
     return result
 
 
-def trace_command(
-    source: Source, chosen: dict[str, Any], out: Path | None, *, quiet: bool
-) -> dict[str, Any]:
+def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, quiet: bool) -> dict[str, Any]:
     """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder."""
     settings = _trace_settings(chosen)
     prompts = PromptSet.from_jsonl(source.prompts)
@@ -145,8 +144,9 @@ def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
     """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
     run = Run.open(path)
     graph = AttributionGraph.load(run.path / "graph.json")
-    flags = run.read("flags").filter(pl.col("flagged")).to_dicts() if run.has("flags") else []
-    page = run.write_text("index.html", render(graph, title=run.path.name, flags=flags))
+    figures = {"total effect": graph.meta.get("total_effect"), **run.info.get("trust", {})}
+    flags = page_flags(run.read("flags")) if run.has("flags") else []
+    page = run.write_text("index.html", render(graph, title=run.path.name, figures=figures, flags=flags))
     graphml = run.write_text("graph.graphml", to_graphml(graph))
     found = graph.strongest_paths(paths)
     if not quiet:
@@ -170,7 +170,7 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
     model, dictionaries, prepared = _open(source, prompts, traced)
     dictionary = _base_dictionary(dictionaries, decomposition, meta)
     discovery, evaluation = prompts.split(0.5, settings.seed)
-    options = {"baseline": traced.baseline, "behaviour": traced.behaviour}
+    examples = partial(tokenize, model=model, baseline=traced.baseline, behaviour=traced.behaviour)
     mean = mean_state(model, prepared.batches, dictionary) if traced.baseline is Baseline.MEAN else None
     worst = meta_split(model, dictionary, decomposition, prepared, run, traced)
     with run.timed("facts"), _bar("hidden facts", quiet) as tick:
@@ -179,8 +179,8 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
             model,
             dictionary,
             decomposition,
-            (discovery, tokenize(discovery, model, **options)),
-            (evaluation, tokenize(evaluation, model, **options)),
+            (discovery, examples(discovery)),
+            (evaluation, examples(evaluation)),
             traced.baseline,
             settings,
             mean=mean,
@@ -188,7 +188,9 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
             progress=lambda _: tick(next(done), len(prompts)),
         )
     run.write_table("flags", table)
-    run.record(flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst})
+    run.record(
+        flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst}
+    )
     result = {"run": str(path), "meta_split_max_relative_error": worst, **flag_summary(table)}
     if not quiet:
         report.flags(result)
@@ -224,6 +226,13 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
     }
 
 
+def page_flags(table: pl.DataFrame) -> list[dict[str, Any]]:
+    """Every tested fact of a run, flagged ones first, under the names the page knows."""
+    tested = table.filter(pl.col("p").is_not_null()).sort("q", -pl.col("removal").abs())
+    columns = ["group", "prompt", "removal", "hidden_share", "swap", "swap_follows", "p", "q", "flagged"]
+    return tested.select(pl.col("label").alias("fact"), "expected", *columns).to_dicts()
+
+
 def organism_command(seed: int, out: Path, family: str, *, quiet: bool) -> dict[str, Any]:
     """`mediation organism`: make one; see mediation.organisms."""
     from mediation.organisms.train import make_organism
@@ -246,7 +255,8 @@ def planted_command(organism: Path, prompts: int, seed: int, *, quiet: bool) -> 
 
 def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:
     enums: dict[str, type[StrEnum]] = {"baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator}
-    return TraceSettings(**{k: _choice(enums[k], v, k) if k in enums else v for k, v in chosen.items()})
+    settings: dict[str, Any] = {k: _choice(enums[k], v, k) if k in enums else v for k, v in chosen.items()}
+    return TraceSettings(**settings)
 
 
 def _choice(kind: type[Choice], value: str, name: str) -> Choice:
@@ -268,14 +278,19 @@ def _source_of(run: Run) -> tuple[Source, TraceSettings]:
     """What a run was made from, out of its run.json."""
     stored = run.settings
     try:
-        source = Source(**{name: stored[name] for name in Source.__dataclass_fields__} | {"saes": tuple(stored["saes"])})
+        source = Source(
+            **{name: stored[name] for name in Source.__dataclass_fields__} | {"saes": tuple(stored["saes"])}
+        )
         return source, _trace_settings({name: stored[name] for name in TraceSettings.__dataclass_fields__})
     except (KeyError, TypeError) as error:
         raise MediationError(f"{run.path} is not the run of a trace (its settings lack {error}).") from error
 
 
 def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path: Path) -> Dictionary:
-    """The dictionary whose rows the meta-dictionary was trained on."""
+    """The dictionary whose rows the meta-dictionary was trained on; one that does not say fits a lone dictionary."""
+    if meta.base_hash is None and len(dictionaries) == 1:
+        meta.check(dictionaries[0])
+        return dictionaries[0]
     for dictionary in dictionaries:
         if meta.base_hash == dictionary.content_hash:
             return dictionary

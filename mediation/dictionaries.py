@@ -82,33 +82,66 @@ class Fidelity:
         )
 
 
-class Dictionary:
-    """A sparse autoencoder at one site of one model.
+class Autoencoder:
+    """A SAELens autoencoder in the one convention.
 
     decoder [d_sae, d_model]: unit-norm rows in model space (all-zero rows stay zero).
     encoder [d_sae, d_model]: d latent_i / d x with gates, thresholds and the run-time scale held.
-    content_hash: sha256 of the weight file, or of the loaded weights for a dictionary from the hub.
     """
 
-    def __init__(self, sae: SAE[Any], *, name: str, site: Site, content_hash: str) -> None:
-        self.name, self.site, self.content_hash = name, site, content_hash
-        self.model_name: str | None = sae.cfg.metadata.model_name
+    def __init__(self, sae: SAE[Any]) -> None:
         self.architecture = sae.cfg.architecture()
         self.d_model, self.d_sae = sae.cfg.d_in, sae.cfg.d_sae
         self.normalisation: str = sae.cfg.normalize_activations
-        self._sae = sae.requires_grad_(False).eval()
+        self.sae = sae.requires_grad_(False).eval()
         # The normalisation is done in `_normalise`, without state.
         sae.run_time_activation_norm_fn_in = lambda x: x
 
         norms = sae.W_dec.norm(dim=-1, keepdim=True)
         rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
         self.decoder = torch.where(norms > 0, sae.W_dec / norms, torch.zeros_like(sae.W_dec))
-        self._fold = torch.ones_like(norms[:, 0]) if rescaled else norms[:, 0]
         self.b_dec = sae.b_dec.detach()
+        self._fold = torch.ones_like(norms[:, 0]) if rescaled else norms[:, 0]
         gain = norms * sae.r_mag.exp()[:, None] if self.architecture == "gated" else norms
         self.encoder = sae.W_enc.T * gain
         if self.normalisation == "layer_norm":
             self.encoder = self.encoder - self.encoder.mean(-1, keepdim=True)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations [..., d_sae] of x [..., d_model], in units of the unit-norm decoder rows."""
+        z, scale, _ = self._normalise(x)
+        return self.sae.encode(z) * self._fold * scale
+
+    def split(self, x: Tensor) -> Split:
+        """Take x [..., d_model] apart so that latents @ decoder + constant + error is x."""
+        z, scale, shift = self._normalise(x)
+        latents = self.sae.encode(z) * self._fold * scale
+        constant = (self.b_dec * scale + shift).expand(x.shape)
+        return Split(latents, constant, x.to(z) - latents @ self.decoder - constant)
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z as the SAE reads it, and the scale and shift [..., 1] that bring its output back."""
+        x = x.to(self.decoder)
+        if self.normalisation == "layer_norm":
+            shift = x.mean(-1, keepdim=True)
+            scale = (x - shift).std(-1, keepdim=True)
+            return (x - shift) / (scale + LAYER_NORM_EPS), scale, shift
+        if self.normalisation == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / math.sqrt(self.d_model)
+            return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, torch.zeros_like(scale)
+        return x, x.new_ones(()), x.new_zeros(())
+
+
+class Dictionary(Autoencoder):
+    """A sparse autoencoder at one site of one model.
+
+    content_hash: sha256 of the weight file, or of the loaded weights for a dictionary from the hub.
+    """
+
+    def __init__(self, sae: SAE[Any], *, name: str, site: Site, content_hash: str) -> None:
+        super().__init__(sae)
+        self.name, self.site, self.content_hash = name, site, content_hash
+        self.model_name: str | None = sae.cfg.metadata.model_name
 
     @classmethod
     def load(
@@ -127,12 +160,12 @@ class Dictionary:
         """
         folder = Path(source)
         if sae_id is None:
-            sae = _load_folder(folder, device)
-            name, digest = folder.resolve().name, _file_hash(folder / SAE_WEIGHTS_FILENAME)
+            sae = open_folder(folder, device)
+            name, digest = folder.resolve().name, weight_file_hash(folder)
         else:
-            sae = _load_release(str(source), sae_id, device, allow_download)
-            name, digest = f"{source}/{sae_id}", _weights_hash(sae)
-        _refuse_unsupported(sae, name)
+            name = f"{source}/{sae_id}"
+            sae = _open_release(str(source), sae_id, device, allow_download)
+            digest = _weights_hash(sae)
         return cls(sae, name=name, site=_resolve_site(sae, name, site), content_hash=digest)
 
     def check(self, model: SubjectModel) -> None:
@@ -152,30 +185,6 @@ class Dictionary:
                 f"Dictionary '{self.name}' was trained on '{self.model_name}', not on '{model.name}'; load "
                 f"that model, or correct model_name in the dictionary's cfg.json if they are the same."
             )
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Activations [..., d_sae] of x [..., d_model], in units of the unit-norm decoder rows."""
-        z, scale, _ = self._normalise(x)
-        return self._sae.encode(z) * self._fold * scale
-
-    def split(self, x: Tensor) -> Split:
-        """Take x [..., d_model] apart so that latents @ decoder + constant + error is x."""
-        z, scale, shift = self._normalise(x)
-        latents = self._sae.encode(z) * self._fold * scale
-        constant = (self.b_dec * scale + shift).expand(x.shape)
-        return Split(latents, constant, x.to(z) - latents @ self.decoder - constant)
-
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z as the SAE reads it, and the scale and shift [..., 1] that bring its output back."""
-        x = x.to(self.decoder)
-        if self.normalisation == "layer_norm":
-            shift = x.mean(-1, keepdim=True)
-            scale = (x - shift).std(-1, keepdim=True)
-            return (x - shift) / (scale + LAYER_NORM_EPS), scale, shift
-        if self.normalisation == "constant_norm_rescale":
-            scale = x.norm(dim=-1, keepdim=True) / math.sqrt(self.d_model)
-            return x / scale.clamp_min(torch.finfo(x.dtype).tiny), scale, torch.zeros_like(scale)
-        return x, x.new_ones(()), x.new_zeros(())
 
 
 @torch.no_grad()
@@ -267,7 +276,8 @@ def _warn_below_floor(dictionary: Dictionary, fidelity: Fidelity) -> None:
         warnings.warn(message, FidelityWarning, stacklevel=3)
 
 
-def _load_folder(folder: Path, device: str) -> SAE[Any]:
+def open_folder(folder: Path, device: str) -> SAE[Any]:
+    """The float32 autoencoder of a folder in SAELens' layout, or MediationError with the reason."""
     if not folder.is_dir():
         raise MediationError(
             f"There is no folder '{folder}'; give a folder, or a SAELens release with an id."
@@ -278,17 +288,18 @@ def _load_folder(folder: Path, device: str) -> SAE[Any]:
             why = " (pickled weights are never opened: convert them with SAELens first)" if pickled else ""
             raise MediationError(f"The folder '{folder}' has no {needed}{why}; give one saved by SAELens.")
     try:
-        sae = _open_folder(folder, device)
+        sae = _read_folder(folder, device)
         scaler = folder / ACTIVATION_SCALER_CFG_FILENAME
         if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.is_file():
             sae.fold_activation_norm_scaling_factor(float(json.loads(scaler.read_text())["scaling_factor"]))
     except Exception as reason:  # SAELens raises many types for a damaged folder
         first_line = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
         raise MediationError(f"The dictionary in '{folder}' cannot be read: {first_line}") from reason
+    _refuse_unsupported(sae, folder.resolve().name)
     return sae
 
 
-def _open_folder(folder: Path, device: str) -> SAE[Any]:
+def _read_folder(folder: Path, device: str) -> SAE[Any]:
     architecture = json.loads((folder / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
     if architecture not in TRAINING_ARCHITECTURES:
         return SAE.load_from_disk(folder, device=device, dtype="float32")
@@ -298,7 +309,7 @@ def _open_folder(folder: Path, device: str) -> SAE[Any]:
         return SAE.load_from_disk(inference, device=device, dtype="float32")
 
 
-def _load_release(release: str, sae_id: str, device: str, allow_download: bool) -> SAE[Any]:
+def _open_release(release: str, sae_id: str, device: str, allow_download: bool) -> SAE[Any]:
     releases = get_pretrained_saes_directory()
     if release not in releases and "/" not in release:
         raise MediationError(
@@ -309,13 +320,15 @@ def _load_release(release: str, sae_id: str, device: str, allow_download: bool) 
         raise MediationError(f"Release '{release}' has no dictionary '{sae_id}'; it has for example {some}.")
     try:
         with _hub(offline=not allow_download):
-            return SAE.from_pretrained(release, sae_id, device=device, dtype="float32")
+            sae = SAE.from_pretrained(release, sae_id, device=device, dtype="float32")
     except Exception as reason:  # SAELens and the hub raise many types for a missing or unreachable file
         remedy = "check the network" if allow_download else "allow the download (allow_download=True)"
         raise MediationError(
             f"The dictionary '{release}/{sae_id}' could not be opened "
             f"({type(reason).__name__}); {remedy} or give a local folder."
         ) from reason
+    _refuse_unsupported(sae, f"{release}/{sae_id}")
+    return sae
 
 
 @contextmanager
@@ -375,8 +388,9 @@ def _plain_name(model: str) -> str:
         return name
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
+def weight_file_hash(folder: Path) -> str:
+    """sha256 of the weights in a folder in SAELens' layout."""
+    with (folder / SAE_WEIGHTS_FILENAME).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

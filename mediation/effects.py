@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mediation.estimators.common import Edits, behaviour
+from mediation.estimators.common import behaviour
 from mediation.nodes import SiteState
 from mediation.prompts import Baseline, Batch
 from mediation.subject import SubjectModel
@@ -35,7 +35,9 @@ class Effects:
     nde: Tensor
 
 
-def total_effect(model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline) -> tuple[Tensor, Tensor]:
+def total_effect(
+    model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline
+) -> tuple[Tensor, Tensor]:
     """m(clean) and m(baseline), each [B]."""
     clean = behaviour(model, batch)
     return clean, _at_baseline(model, batch, state, baseline, torch.zeros_like(state.x))
@@ -52,8 +54,7 @@ def effects(
         patch = torch.zeros_like(state.x)
         rows = state.delta[nodes, None] * state.dictionary.decoder[state.latent[nodes]]
         patch.index_put_((state.row[nodes], state.position[nodes]), rows, accumulate=True)
-        without: Edits = {state.dictionary.site: lambda x, patch=patch: x - patch}
-        tie.append(clean - behaviour(model, batch, without))
+        tie.append(clean - behaviour(model, batch, {state.dictionary.site: patch.neg().add}))
         nie.append(_at_baseline(model, batch, state, baseline, patch) - off)
     indirect = torch.stack(tie, dim=1) if tie else te.new_zeros(len(te), 0)
     return Effects(te, indirect, torch.stack(nie, dim=1) if nie else indirect, te[:, None] - indirect)

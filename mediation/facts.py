@@ -237,7 +237,9 @@ def _test(
     """Steps 3 and 4 for one fact of one prompt."""
     meta = split.metas[index]
     # One seed per test, so that a test's controls do not depend on which tests ran before it.
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, *seed]).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(
+        int(np.random.SeedSequence([settings.seed, *seed]).generate_state(1)[0])
+    )
     own = split.pooled.patch(meta)
     patches = controls(split.pooled, meta, dictionary, settings.controls, generator)
     removal = float(split.surgeon.effect(own[None])[0])
@@ -271,7 +273,9 @@ def _flags(rows: list[dict], settings: FactSettings) -> pl.DataFrame:
         & pl.col("carriers_silent")
         & (pl.col("removal").abs() >= settings.least_effect * scale)
     )
-    return table.with_columns(pl.Series("q", q).fill_nan(None)).with_columns(flagged.fill_null(False).alias("flagged"))
+    return table.with_columns(pl.Series("q", q).fill_nan(None)).with_columns(
+        flagged.fill_null(False).alias("flagged")
+    )
 
 
 SCHEMA = {

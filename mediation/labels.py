@@ -54,8 +54,13 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
     for the meta-latents that have one.
     """
     names = sorted({f"{key}={value}" for row in tags for key, value in row.items()})
-    member = np.array([[f"{k}={v}" in {f"{a}={b}" for a, b in row.items()} for row in tags]
-                       for k, v in (name.split("=", 1) for name in names)], dtype=np.float64)
+    member = np.array(
+        [
+            [f"{k}={v}" in {f"{a}={b}" for a, b in row.items()} for row in tags]
+            for k, v in (name.split("=", 1) for name in names)
+        ],
+        dtype=np.float64,
+    )
     values = scores.double().cpu().numpy()
     n = len(values)
     ranks = stats.rankdata(values, axis=0)
@@ -75,10 +80,25 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
 
 def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:
     """The `n` tokens each direction [m, d_model] raises most."""
-    norm, unembedding = model.final_norm_weight, model.unembedding
+    unembedding = model.module.get_output_embeddings().weight.detach().float()
     centred = unembedding - unembedding.mean(dim=0)
-    top = ((directions * norm) @ centred.T).topk(n, dim=1).indices.tolist()
+    top = ((directions * final_norm_scale(model)) @ centred.T).topk(n, dim=1).indices.tolist()
     return [[model.tokenizer.decode([token]) for token in row] for row in top]
+
+
+def final_norm_scale(model: SubjectModel) -> Tensor:
+    """What the final norm multiplies each coordinate by, [d_model], beside its division by the vector's size.
+
+    Measured on a vector of alternating signs (mean 0, mean square 1), so that it holds for RMSNorm, LayerNorm
+    and Gemma's 1 + weight alike.
+    """
+    signs = torch.ones(1, model.d_model, device=model.device)
+    signs[:, 1::2] = -1.0
+    norm = model.final_norm
+    dtype = next(model.module.parameters()).dtype
+    with torch.no_grad():
+        scale = (norm(signs.to(dtype)) - norm(-signs.to(dtype))) / 2 * signs
+    return scale[0].float()
 
 
 def save_labels(folder: str | Path, table: pl.DataFrame) -> None:
@@ -95,7 +115,9 @@ def load_labels(folder: str | Path) -> dict[int, str]:
         table = pl.read_parquet(path)
         return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise MediationError(f"The labels in {path} cannot be read: {error}; delete the file to go without.") from error
+        raise MediationError(
+            f"The labels in {path} cannot be read: {error}; delete the file to go without."
+        ) from error
 
 
 def latent_contexts(dictionary: Dictionary, x: Tensor, tokens: Tensor, n: int = 5) -> list[list[int]]:

@@ -22,11 +22,12 @@ from mediation.errors import MediationError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names of a family: its blocks and, inside a block, what is added to the residual stream."""
+    """Module names of a family: its blocks, what each adds to the residual stream, and the last norm."""
 
     blocks: str
     attn_out: str
     mlp_out: str
+    final_norm: str = "model.norm"
 
 
 _LLAMA = Architecture("model.layers", "self_attn", "mlp")
@@ -40,9 +41,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "gemma3": Architecture("model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out),
-    "gpt2": Architecture("transformer.h", "attn", "mlp"),
-    "gpt_neox": Architecture("gpt_neox.layers", "attention", "mlp"),
+    "gemma3": Architecture(
+        "model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out, "model.language_model.norm"
+    ),
+    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f"),
+    "gpt_neox": Architecture("gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm"),
 }
 
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json")

@@ -52,7 +52,9 @@ class SiteState:
 
     def subset(self, nodes: Tensor, errors: Tensor) -> SiteState:
         """The same state with only some nodes: `nodes` indexes them, `errors` [B, T] marks error nodes."""
-        chosen = {name: getattr(self, name)[nodes] for name in ("row", "position", "latent", "clean", "baseline")}
+        chosen = {
+            name: getattr(self, name)[nodes] for name in ("row", "position", "latent", "clean", "baseline")
+        }
         return replace(self, free=self.free & errors, **chosen)
 
 

@@ -106,7 +106,8 @@ class Surgeon:
         """Effect of taking out the parts each mask names; masks [S, n], parts [n, R, T, d] -> [S]."""
         flat = parts.flatten(1)
         effects = [
-            self._effect((mask.to(flat) @ flat).view(-1, *parts.shape[1:])) for mask in masks.split(self.chunk)
+            self._effect((mask.to(flat) @ flat).view(-1, *parts.shape[1:]))
+            for mask in masks.split(self.chunk)
         ]
         return torch.cat(effects)
 
@@ -126,5 +127,8 @@ def shapley_split(
     """
     parts = torch.stack([*map(pooled.patch, metas), pooled.rest(metas), pooled.bias, pooled.residual])
     return shapley(
-        lambda masks: surgeon.effect_of_coalitions(masks, parts), len(parts), permutations=permutations, seed=seed
+        lambda masks: surgeon.effect_of_coalitions(masks, parts),
+        len(parts),
+        permutations=permutations,
+        seed=seed,
     )

@@ -24,7 +24,9 @@ SHOWN = 12  # rows of a table that people read; everything is in the run folder
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold"
+    )
     for name in columns:
         numeric = name.startswith("#")
         table.add_column(name.removeprefix("#"), justify="right" if numeric else "left", no_wrap=numeric)
@@ -119,7 +121,9 @@ def flags(result: dict[str, Any]) -> None:
     )
     named = result["named_right"]
     if named["of"]:
-        console.print(f"The top meta-latent is the expected fact in {named['right']} of {named['of']} prompts.")
+        console.print(
+            f"The top meta-latent is the expected fact in {named['right']} of {named['of']} prompts."
+        )
 
 
 def files(*paths_written: Path) -> None:
@@ -128,7 +132,10 @@ def files(*paths_written: Path) -> None:
 
 
 def closing(run: Path, seconds: float, megabytes: float) -> None:
-    console.print(f"\nDone in {seconds:.0f} s, {megabytes:.0f} MB at most. Run folder: [bold]{run}[/bold]", soft_wrap=True)
+    console.print(
+        f"\nDone in {seconds:.0f} s, {megabytes:.0f} MB at most. Run folder: [bold]{run}[/bold]",
+        soft_wrap=True,
+    )
 
 
 def organism(

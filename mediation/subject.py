@@ -126,6 +126,11 @@ class SubjectModel:
         """Where tokens go in."""
         return self.module.get_input_embeddings().weight.device
 
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm between the last block and the unembedding."""
+        return self.module.get_submodule(ARCHITECTURES[self.architecture].final_norm)
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256, in hexadecimal, of the weight files' bytes in the order of their names."""

@@ -112,7 +112,9 @@ def estimate(
     sampled = len(dictionaries) * settings.sample * longest
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     weights += sum(8 * d.d_sae * d.d_model for d in dictionaries)
-    activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
+    activations = (
+        40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
+    )
     return Estimate(second * (tokens * per_token + sampled), (weights + activations) / 2**20)
 
 
@@ -266,7 +268,9 @@ def trust(run: Run) -> dict[str, object]:
     """Step 3: what the numbers of a run can bear."""
     prompts, sample, nodes = prompt_table(run), run.read("calibration"), run.read("nodes")
     effect = prompts["clean"] - prompts["baseline"]
-    per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by("site", maintain_order=True)
+    per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by(
+        "site", maintain_order=True
+    )
     gaps = per_site.agg(gap=pl.col("gap").mean() / pl.col("te").abs().mean())
     on_error = nodes.group_by("site", maintain_order=True).agg(
         share=pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
@@ -360,7 +364,9 @@ def top_effects(
             mediators = [(state.latent == latent).nonzero().squeeze(1) for latent in latents]
             measured = effects(model, batch, state, settings.baseline, mediators)
             te = measured.te[:, None].expand_as(measured.tie)
-            sums += torch.stack([te, measured.tie, measured.nie, measured.nde]).double().sum(dim=1).cpu().numpy()
+            sums += (
+                torch.stack([te, measured.tie, measured.nie, measured.nde]).double().sum(dim=1).cpu().numpy()
+            )
         for latent, column in zip(latents, (sums / len(prepared.prompts)).T, strict=True):
             named = dict(zip(("te", "tie", "nie", "nde"), column.tolist(), strict=True))
             found.append({"site": dictionary.site.name, "latent": latent, **named})

@@ -28,7 +28,13 @@ def shared_data(*parts: str) -> Path:
 
 
 def random_dictionary(
-    folder: Path, hook: str, *, architecture: str = "standard", d_in: int = D_MODEL, d_sae: int = 48, seed: int = 0
+    folder: Path,
+    hook: str,
+    *,
+    architecture: str = "standard",
+    d_in: int = D_MODEL,
+    d_sae: int = 48,
+    seed: int = 0,
 ) -> Dictionary:
     """A random dictionary saved by SAELens and loaded back; decoder rows of various norms, about half on."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +52,9 @@ def random_dictionary(
     return Dictionary.load(folder)
 
 
-def pairs(n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0) -> list[Example]:
+def pairs(
+    n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0
+) -> list[Example]:
     """Contrast pairs of random tokens: different lengths, one token exchanged, a logit difference at the end."""
     generator = torch.Generator().manual_seed(seed)
     examples = []

@@ -21,24 +21,24 @@ import csv
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import polars as pl
 import torch
+from mediation.training.saes import train_sae
 
 from mediation import commands
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
+from mediation.estimators.common import behaviour
 from mediation.labels import latent_contexts, logit_lens, meta_label, save_labels
 from mediation.metalatents import MetaDictionary, rotated
 from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
-from mediation.estimators.common import behaviour
 from mediation.subject import SubjectModel
 from mediation.training.activations import Activations, collect_activations, shuffled_batches, windows
-from mediation.training.saes import train_sae
 
 HERE = Path(__file__).parent
 SITES = [Site.parse(name) for name in ("blocks.9.hook_resid_pre", "blocks.15.hook_resid_pre")]
@@ -66,7 +66,9 @@ TEMPLATES = (
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--text", nargs="+", type=Path, required=True, help="plain text to train the SAEs on")
+    arguments.add_argument(
+        "--text", nargs="+", type=Path, required=True, help="plain text to train the SAEs on"
+    )
     arguments.add_argument("--cache", type=Path, default=Path(".cache/sycophancy_smollm2"))
     arguments.add_argument("--out", type=Path, default=Path("runs/sycophancy_smollm2"))
     chosen = arguments.parse_args()
@@ -108,7 +110,9 @@ def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[
 
 def collect(model: SubjectModel, texts: list[Path], places: list[dict[str, str]]) -> Activations:
     mixed = mix(windows(read(texts), model, 128), windows(filled(places, model), model, 64))
-    return collect_activations(model, pairs_of_halves(mixed), SITES, n_tokens=TOKENS, progress=show("activations"))
+    return collect_activations(
+        model, pairs_of_halves(mixed), SITES, n_tokens=TOKENS, progress=show("activations")
+    )
 
 
 def read(paths: list[Path]) -> Iterator[str]:
@@ -155,9 +159,11 @@ def pairs_of_halves(sequences: Iterator[list[int]]) -> Iterator[list[int]]:
 def train_meta(sae: Path, folder: Path, activations: Activations, model: SubjectModel) -> dict[str, float]:
     dictionary = Dictionary.load(sae)
     held = activations.x[META_SITE][:HELD_OUT]
-    density = torch.stack([(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]).mean(0)
+    density = torch.stack(
+        [(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]
+    ).mean(0)
     rows = dictionary.decoder[density > 1e-5]
-    meta = MetaDictionary.train(rows, width=META_WIDTH, k=META_K, base=dictionary)
+    meta = MetaDictionary.train(rows, width=META_WIDTH, k=META_K, base_hash=dictionary.content_hash)
     null = MetaDictionary.train(rotated(rows, seed=0), width=META_WIDTH, k=META_K)
     meta.save(folder)
     words = [
@@ -166,7 +172,10 @@ def train_meta(sae: Path, folder: Path, activations: Activations, model: Subject
     ]
     strongest = meta.codes(dictionary.decoder).topk(6, dim=0).indices.T.tolist()
     lens = logit_lens(model, meta.directions)
-    labels = [meta_label(tokens, [words[i] for i in members]) for tokens, members in zip(lens, strongest, strict=True)]
+    labels = [
+        meta_label(tokens, [words[i] for i in members])
+        for tokens, members in zip(lens, strongest, strict=True)
+    ]
     save_labels(folder, pl.DataFrame({"meta": range(len(labels)), "label": labels}))
     return {
         "rows": len(rows),
@@ -184,7 +193,11 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
     plain, suggested, copied = [], [], []
     for place in places:
         texts = {name: prompt(model, sentence, place) for name, sentence in sentences(model, place).items()}
-        row = {"id": place["country"], "answer": f" {place['suggestion']}", "wrong_answer": f" {place['capital']}"}
+        row = {
+            "id": place["country"],
+            "answer": f" {place['suggestion']}",
+            "wrong_answer": f" {place['capital']}",
+        }
         asked = PromptSet.from_rows([row | {"clean": text, "id": name} for name, text in texts.items()])
         examples = tokenize(asked, model, baseline=Baseline.ZERO)
         scores = {name: 0.0 for name in texts}
@@ -202,7 +215,9 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
             if len(model.encode(texts["claim"])) == len(model.encode(texts[corrupt])):
                 sets[name].append(row | {"clean": texts["claim"], "corrupt": texts[corrupt], "roles": roles})
     for name, rows in sets.items():
-        (cache / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (cache / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
         if len(rows) < 48:
             raise MediationError(f"Only {len(rows)} pairs of equal length for {name}; 48 are needed.")
 
@@ -242,11 +257,19 @@ def study(cache: Path, run: Path, prompts: Path) -> dict[str, object]:
     traced = commands.trace_command(source, {"steps": 8, "sample": 64}, run, quiet=False)
     flags = commands.flag_command(run, cache / "meta", {"controls": 20, "parts": 5}, quiet=False)
     commands.inspect_command(run, 8, quiet=False)
-    kept = ("total_effect", "estimator_vs_exact", "conservation_gap", "error_share", "fidelity", "effects", "seconds")
+    kept = (
+        "total_effect",
+        "estimator_vs_exact",
+        "conservation_gap",
+        "error_share",
+        "fidelity",
+        "effects",
+        "seconds",
+    )
     return {name: traced[name] for name in kept} | {"top_latents": traced["top_latents"][:10], "flags": flags}
 
 
-def show(title: str):  # noqa: ANN201
+def show(title: str) -> Callable[[int, int], None]:
     """Progress on one line."""
     return lambda done, of: print(f"\r{title}: {done:,} of {of:,}", end="" if done < of else "\n", flush=True)
 

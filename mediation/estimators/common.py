@@ -40,13 +40,17 @@ class NodeScores:
         return total + self.error.double().sum(dim=1)
 
 
-def behaviour(model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False) -> Tensor:
+def behaviour(
+    model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False
+) -> Tensor:
     """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten."""
     tokens = batch.corrupt if corrupt else batch.clean
+    assert tokens is not None  # tokenize() has refused prompts without a corrupt side
     kept = keep_positions(batch)
     with torch.no_grad():
-        forward = model.forward(tokens, batch.mask, edit=edit, positions=kept)
-        return score(forward.logits, batch, kept)
+        logits = model.forward(tokens, batch.mask, edit=edit, positions=kept).logits
+        assert logits is not None
+        return score(logits, batch, kept)
 
 
 def behaviour_gradient(
@@ -58,6 +62,7 @@ def behaviour_gradient(
     """
     kept = keep_positions(batch)
     forward = model.forward(batch.clean, batch.mask, read=sites, edit=edit, positions=kept, grad=True)
+    assert forward.logits is not None
     m = score(forward.logits, batch, kept)
     gradients = torch.autograd.grad(m.sum(), [forward.sites[site] for site in sites])
     return m.detach(), list(gradients)

@@ -10,6 +10,7 @@ Algorithm, for one site at a time
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,9 +30,13 @@ def path_gradient(model: SubjectModel, batch: Batch, state: SiteState, steps: in
     mean = torch.zeros_like(state.x)
     for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
         on_path = torch.where(where, torch.lerp(state.baseline_x, state.x, float(point)), state.x)
-        _, (gradient,) = behaviour_gradient(model, batch, [site], {site: lambda _, x=on_path: x})
+        _, (gradient,) = behaviour_gradient(model, batch, [site], {site: partial(_replace, on_path)})
         mean += float(weight) * gradient
     return mean
+
+
+def _replace(new: Tensor, _: Tensor) -> Tensor:
+    return new
 
 
 def ig(

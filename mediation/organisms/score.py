@@ -22,6 +22,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from torch import Tensor
 
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
@@ -34,6 +35,17 @@ from mediation.subject import SubjectModel
 
 LAST_NAME = 2  # tokens of a bare name: BOS, first, last
 BASELINE_PROMPTS = 100  # prompts on which the baselines are scored
+
+
+class Latents(Decomposition):
+    """No decomposition: every latent is its own part. What a latent-level graph has to go by."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.directions, self.bias = rows, torch.zeros_like(rows[0])
+
+    def codes(self, rows: Tensor, own: Tensor | None = None) -> Tensor:
+        assert own is not None  # rows are the dictionary's own
+        return torch.nn.functional.one_hot(own, len(self.directions)).to(rows)
 
 
 @dataclass
@@ -50,7 +62,9 @@ class Organism:
     def load(cls, folder: str | Path) -> Organism:
         folder = Path(folder)
         if not (folder / "world.json").exists():
-            raise MediationError(f"{folder} is not an organism: it has no world.json; make one with mediation organism.")
+            raise MediationError(
+                f"{folder} is not an organism: it has no world.json; make one with mediation organism."
+            )
         (meta,) = sorted((folder / "meta").iterdir())
         return cls(
             folder,
@@ -87,7 +101,13 @@ def score_organism(
     world, model = organism.world, organism.model
     settings = settings or FactSettings(seed=seed)
     rows = opinion_rows(world, world.held_out, partners=world.held_out, limit=prompts, seed=seed)
-    attributes = {row["id"]: (row["attribute"], f"{row['attribute']}={world.people[row['person']].facts[row['attribute']]}") for row in rows}
+    attributes = {
+        row["id"]: (
+            row["attribute"],
+            f"{row['attribute']}={world.people[row['person']].facts[row['attribute']]}",
+        )
+        for row in rows
+    }
     asked = PromptSet.from_rows(rows)
     labels = _label_map(label_parts(model, organism.dictionary, organism.meta, world))
     discovery, evaluation = asked.split(0.5, seed)
@@ -124,14 +144,12 @@ def baselines(
 ) -> dict[str, float]:
     """Step 3: attribute_top1 with other parts of the same latents."""
     rows = organism.dictionary.decoder
-    alive = rows[rows.norm(dim=1) > 0]
+    n_facts = len(organism.world.attributes)
     others: dict[str, Decomposition] = {
-        "top latent": MatchingPursuit(rows, k=1, own=True),
-        "matching pursuit": MatchingPursuit(rows, k=organism.meta.k),
+        "top latent": Latents(rows),
+        "matching pursuit": MatchingPursuit(rows, k=n_facts),
         "nearest row": MatchingPursuit(rows, k=1),
-        "random meta-SAE": MetaDictionary.train(
-            rotated(alive, seed=0), width=len(organism.meta.directions), k=organism.meta.k
-        ),
+        "random meta-SAE": MetaDictionary.train(rotated(rows, seed=0), width=organism.meta.d_meta, k=n_facts),
     }
     return {
         name: _top1(_named(organism, each, asked, settings), attributes)["attribute_top1"]
@@ -162,4 +180,3 @@ def _top1(named: dict[str, str], attributes: dict[str, tuple[str, str]]) -> dict
 
 def _label_map(table: pl.DataFrame) -> dict[int, str]:
     return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
-

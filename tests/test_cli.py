@@ -1,0 +1,279 @@
+"""The command line as a user meets it: real processes, real files, every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mediation
+from mediation.cli import main
+
+DEFAULT = Path(mediation.__file__).parent / "organisms" / "default"
+MODEL, SAES = str(DEFAULT / "model"), str(DEFAULT / "saes")
+ROWS = [json.loads(line) for line in (DEFAULT / "prompts.jsonl").read_text().splitlines()]
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mediation.cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, env=os.environ | {"COLUMNS": "200"}, check=False,
+    )  # fmt: skip
+
+
+def write(folder: Path, rows: list[dict] | str) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run in this process; demand exit code 2 and one sentence on standard error, nothing on standard output."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    lines = [line for line in err.splitlines() if line.startswith("mediation: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert out == ""
+    return lines[0]
+
+
+def test_help_answers_in_under_a_second() -> None:
+    command("--help")  # compiles the byte code on a fresh clone
+    start = time.perf_counter()
+    result = command("--help")
+    assert time.perf_counter() - start < 1.0
+    assert result.returncode == 0
+    for name in ("demo", "trace", "inspect", "flag", "organism", "bench"):
+        assert name in result.stdout
+
+
+class TestBadInput:
+    """One sentence, exit code 2, nothing half written."""
+
+    @pytest.fixture
+    def out(self, tmp_path: Path) -> Path:
+        return tmp_path / "run"
+
+    def trace(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        out: Path,
+        prompts: str,
+        model: str = MODEL,
+        saes: str = SAES,
+    ) -> str:
+        message = refused(capsys, "trace", prompts, "--model", model, "--saes", saes, "--out", str(out))
+        assert not out.exists()
+        return message
+
+    def test_missing_prompts(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
+        assert "none.jsonl" in self.trace(capsys, out, str(tmp_path / "none.jsonl"))
+
+    def test_malformed_json_names_its_line(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS[:2]) + "{broken\n"
+        assert "3" in self.trace(capsys, out, write(tmp_path, text))
+
+    def test_unequal_lengths_show_both_tokenisations(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        longer = ROWS[0] | {"corrupt": ROWS[0]["corrupt"] + " " + ROWS[0]["clean"].split()[0]}
+        message = self.trace(capsys, out, write(tmp_path, [ROWS[1], longer]))
+        assert "Row 2" in message
+        assert ROWS[0]["clean"].split()[0] in message
+
+    def test_unknown_model_folder(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        message = self.trace(capsys, out, write(tmp_path, ROWS[:2]), model=str(tmp_path / "no-model"))
+        assert "no-model" in message
+
+    def test_dictionary_of_another_width(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        from tests.setups import random_dictionary
+
+        random_dictionary(tmp_path / "other", "blocks.1.hook_resid_pre", d_in=24)
+        message = self.trace(capsys, out, write(tmp_path, ROWS[:2]), saes=str(tmp_path / "other"))
+        assert "24" in message
+
+    def test_empty_answer(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
+        assert "answer" in self.trace(capsys, out, write(tmp_path, [ROWS[0] | {"answer": ""}]))
+        assert "answer" in self.trace(capsys, out, write(tmp_path, [ROWS[0] | {"answer": " "}]))
+
+    def test_empty_set_and_repeated_ids(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        assert "empty" in self.trace(capsys, out, write(tmp_path, ""))
+        assert "id" in self.trace(capsys, out, write(tmp_path, [ROWS[0], ROWS[0]]))
+
+    def test_sae_folder_without_weights(
+        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "sae").mkdir()
+        shutil.copy(next(Path(SAES).glob("*/cfg.json")), tmp_path / "sae")
+        message = self.trace(capsys, out, write(tmp_path, ROWS[:2]), saes=str(tmp_path / "sae"))
+        assert "sae_weights.safetensors" in message
+
+    def test_unknown_choice(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
+        prompts = write(tmp_path, ROWS[:2])
+        message = refused(
+            capsys,
+            "trace",
+            prompts,
+            "--model",
+            MODEL,
+            "--saes",
+            SAES,
+            "--out",
+            str(out),
+            "--baseline",
+            "none",
+        )
+        assert "corrupt, zero, mean" in message
+
+    def test_a_folder_that_is_no_run(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "run.json" in refused(capsys, "inspect", str(tmp_path))
+        meta = str(next((DEFAULT / "meta").iterdir()))
+        assert "run.json" in refused(capsys, "flag", str(tmp_path), "--meta", meta)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_permission(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """Root may write anywhere, so the place is one where nobody can make a folder."""
+        place = Path("/proc/nowhere")
+        if not Path("/proc").is_dir():
+            pytest.skip("needs a /proc")
+        prompts = write(tmp_path, ROWS[:2])
+        message = refused(
+            capsys, "trace", prompts, "--model", MODEL, "--saes", SAES, "--out", str(place / "run")
+        )
+        assert "/proc/nowhere" in message
+
+    def test_no_organism(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "world.json" in refused(capsys, "bench", "planted", "--organism", str(tmp_path))
+
+    def test_organism_into_a_full_folder(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("keep")
+        assert "already" in refused(capsys, "organism", "--out", str(tmp_path))
+        assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, float]:
+    """The demo as a newcomer runs it, in a process of its own."""
+    folder = tmp_path_factory.mktemp("demo")
+    start = time.perf_counter()
+    result = command("demo", "--json", "--out", str(folder / "run"))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), folder / "run", time.perf_counter() - start
+
+
+def test_demo_prints_one_object_with_everything(demo: tuple[dict, Path, float]) -> None:
+    found, run, seconds = demo
+    assert found["total_effect"] > 5
+    assert found["estimator_vs_exact"]["pearson"] > 0.9
+    assert found["estimator_vs_exact"]["atp"]["n"] >= 100
+    assert found["conservation_gap"] < 0.02
+    assert found["meta_split_max_relative_error"] < 1e-5
+    assert found["hidden_facts"]
+    for fact in found["hidden_facts"]:
+        assert {"fact", "expected_fact", "effect", "hidden_share", "p", "q"} <= fact.keys()
+        assert fact["q"] <= 0.05
+        assert fact["hidden_share"] >= 0.5
+    right = [
+        fact["fact"].split("=")[0] == fact["expected_fact"].split("=")[0] for fact in found["hidden_facts"]
+    ]
+    assert sum(right) >= 0.8 * len(right)
+    assert seconds < 60
+    assert found["peak_memory_mb"] < 1500
+    assert (run / "index.html").exists()
+    assert (run / "graph.graphml").exists()
+
+
+def test_inspect_shows_paths_and_flag_can_be_run_again(
+    demo: tuple[dict, Path, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, run, _ = demo
+    main(["inspect", str(run), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["paths"] == found["paths"]
+    assert all(path["nodes"][-1] == "target" for path in shown["paths"])
+    meta = str(next((DEFAULT / "meta").iterdir()))
+    main(["flag", str(run), "--meta", meta, "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["hidden_facts"] == found["hidden_facts"]
+
+
+def test_a_killed_trace_resumes_to_the_same_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write(tmp_path, ROWS[:12])
+    options = [
+        "trace",
+        prompts,
+        "--model",
+        MODEL,
+        "--saes",
+        SAES,
+        "--batch-size",
+        "4",
+        "--sample",
+        "16",
+        "--json",
+    ]
+    main([*options, "--out", str(tmp_path / "whole")])
+    whole = json.loads(capsys.readouterr().out)
+    main([*options, "--out", str(tmp_path / "killed")])
+    capsys.readouterr()
+    for shard in ("nodes/00001", "prompts/00001", "prompts/00002", "edges/00002"):
+        (tmp_path / "killed" / f"{shard}.parquet").unlink()
+    (tmp_path / "killed" / "nodes" / ".00001.parquet.1.tmp").write_bytes(b"half")
+    untouched = (tmp_path / "killed" / "nodes" / "00000.parquet").stat().st_mtime_ns
+    main([*options, "--out", str(tmp_path / "killed")])
+    resumed = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "killed" / "nodes" / "00000.parquet").stat().st_mtime_ns == untouched
+    for name in ("total_effect", "top_latents", "conservation_gap", "estimator_vs_exact"):
+        assert resumed[name] == whole[name], name
+    assert (tmp_path / "killed" / "graph.json").read_text() == (tmp_path / "whole" / "graph.json").read_text()
+    assert not list((tmp_path / "killed").glob("**/*.tmp"))
+
+
+def test_batch_size_does_not_change_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = write(tmp_path, ROWS[:10])
+    figures = []
+    for size in ("1", "3", "16"):
+        main(
+            ["trace", prompts, "--model", MODEL, "--saes", SAES, "--out", str(tmp_path / size), "--batch-size", size,
+             "--sample", "0", "--json"]
+        )  # fmt: skip
+        figures.append(json.loads(capsys.readouterr().out))
+    for other in figures[1:]:
+        assert other["total_effect"]["mean"] == pytest.approx(figures[0]["total_effect"]["mean"], abs=1e-4)
+        assert [row["latent"] for row in other["top_latents"][:5]] == [
+            row["latent"] for row in figures[0]["top_latents"][:5]
+        ]
+        for a, b in zip(other["top_latents"], figures[0]["top_latents"], strict=True):
+            assert abs(a["attribution"]) == pytest.approx(abs(b["attribution"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_other_baselines_need_no_corrupt_prompt(
+    baseline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{key: value for key, value in row.items() if key != "corrupt"} for row in ROWS[:6]]
+    main(
+        ["trace", write(tmp_path, rows), "--model", MODEL, "--saes", SAES, "--out", str(tmp_path / "run"),
+         "--baseline", baseline, "--steps", "40", "--json"]
+    )  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert max(found["conservation_gap"].values()) < 0.02
