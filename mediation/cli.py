@@ -102,7 +102,7 @@ def flag(
     meta: Annotated[
         Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")
     ],
-    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 99,
+    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 199,
     parts: Annotated[int, typer.Option(help="Meta-latents in each prompt's Shapley split.")] = 8,
     alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,
     seed: Seed = 0,

@@ -201,8 +201,8 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
     """The flags of a run for people and scripts: one entry per flagged test, strongest first."""
     flagged = table.filter(pl.col("flagged")).sort(pl.col("removal").abs(), descending=True)
     evaluation = table.filter(pl.col("role") == "evaluation")
-    known = table.filter((pl.col("rank") == 1) & pl.col("expected").is_not_null())
-    right = known.filter(pl.col("label") == pl.col("expected"))
+    known = table.filter(pl.col("expected").is_not_null() & (pl.col("rank") == 1))
+    right = known.filter(pl.col("kind") == pl.col("expected").str.split("=").list.first())
     return {
         "hidden_facts": [
             {
@@ -219,7 +219,7 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
             }
             for row in flagged.iter_rows(named=True)
         ],
-        "tests": int(table["p"].is_not_null().sum()),
+        "tests": table.filter(pl.col("p").is_not_null()).select("group", "kind").n_unique(),
         "evaluation_prompts": evaluation["prompt"].n_unique(),
         "flagged_prompts": flagged["prompt"].n_unique(),
         "named_right": {"right": len(right), "of": known["prompt"].n_unique()},

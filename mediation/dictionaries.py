@@ -279,9 +279,7 @@ def _warn_below_floor(dictionary: Dictionary, fidelity: Fidelity) -> None:
 def open_folder(folder: Path, device: str) -> SAE[Any]:
     """The float32 autoencoder of a folder in SAELens' layout, or MediationError with the reason."""
     if not folder.is_dir():
-        raise MediationError(
-            f"There is no folder '{folder}'; give a folder, or a SAELens release with an id."
-        )
+        raise MediationError(f"There is no folder '{folder}'; give a folder, or a SAELens release with an id.")
     for needed in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
         if not (folder / needed).is_file():
             pickled = any(folder.glob("*.pt")) or any(folder.glob("*.bin"))
@@ -312,9 +310,7 @@ def _read_folder(folder: Path, device: str) -> SAE[Any]:
 def _open_release(release: str, sae_id: str, device: str, allow_download: bool) -> SAE[Any]:
     releases = get_pretrained_saes_directory()
     if release not in releases and "/" not in release:
-        raise MediationError(
-            f"SAELens knows no release '{release}'; its table of pretrained SAEs has the names."
-        )
+        raise MediationError(f"SAELens knows no release '{release}'; its table of pretrained SAEs has the names.")
     if release in releases and sae_id not in releases[release].saes_map:
         some = ", ".join(list(releases[release].saes_map)[:3])
         raise MediationError(f"Release '{release}' has no dictionary '{sae_id}'; it has for example {some}.")

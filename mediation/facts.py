@@ -2,25 +2,30 @@
 
 Algorithm
 1. On every prompt, pool the latents' attribution by meta-latent (mediation.parts) and take the
-   strongest by the linear screen; their Shapley values rank them. A fact counts as present in the
-   clean prompt when its coefficient, summed over positions, is larger there than in the baseline.
-2. Discovery prompts nominate: the top present fact of each discovery prompt is a candidate.
-3. Evaluation prompts test every candidate present in them. Removal: take the fact's part through
-   non-carriers out of the residual stream and measure. Controls of the same size at the same
-   positions: first the other meta-latents of the same latents, then random directions drawn from
-   the span of the dictionary's own rows. p = (1 + #{|control| >= |removal|}) / (1 + n).
+   strongest by the linear screen; their Shapley values rank them, in the direction of the total effect.
+   A fact counts as present in the clean prompt when its coefficient, summed over positions, is larger
+   there than in the baseline; a fact of the baseline prompt names the attribute, not the clean value.
+2. Facts come in kinds: "profession=baker" is of the kind "profession"; a label of another form is a kind of its
+   own. Discovery prompts nominate, for their group (the question asked), the kinds of their strongest part.
+3. Evaluation prompts of the group test every nominated kind, on the fact of that kind the prompt has most of
+   (most by coefficient, not by effect, so that nothing is chosen by what is tested). Removal: take the fact's
+   part through non-carriers out of the residual stream and measure. Controls, the same coefficient at the
+   same positions: first along the meta-latents of other kinds in the same latents, then along random
+   directions from the span of the dictionary's own rows.
 4. Swap: also take out the strongest fact of the baseline prompt that the clean one lacks, so that the
    counterpart's fact stands in for it, and see whether the answer follows.
-5. q by Benjamini and Hochberg (1995) over all tests of the run. A test is flagged as hidden fact
-   usage when q <= alpha, the hidden share is at least one half, all carriers are silent, and the
-   removal is not negligible beside the behaviour itself.
+5. One test for each group and kind: the removal's mean over prompts against the means of its controls,
+   p = (1 + #{control >= removal}) / (1 + n), one-sided: a fact that is used brings about the total effect, so
+   its removal moves the behaviour against it. q by Benjamini and Hochberg (1995) over the run's tests.
+   A prompt is flagged when its test has q <= alpha, and on the prompt itself the hidden share is at least one
+   half, all carriers are silent, and the removal is not negligible beside the behaviour.
 
 Discovery and evaluation prompts are different types, so they cannot be confused.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -50,7 +55,8 @@ class FactSettings:
     carrier_cosine: float = 0.7  # a latent with cos(w_i, u_j) at or above this is the fact's carrier
     parts: int = 8  # meta-latents that enter the Shapley split of a prompt
     permutations: int = 16  # antithetic permutations of that split
-    controls: int = 99  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
+    kinds: int = 3  # kinds of fact a group's discovery prompts may nominate, most frequent first
+    controls: int = 199  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
     steps: int = 5  # path integral of the screen
     alpha: float = 0.05  # false discovery rate of the flags
     least_effect: float = 0.1  # removal must move the behaviour by this share of max(|m|, |total effect|)
@@ -82,19 +88,29 @@ class PromptSplit:
     total_effect: float
 
     @property
+    def direction(self) -> float:
+        """Sign of the total effect."""
+        return 1.0 if self.total_effect >= 0 else -1.0
+
+    @property
     def support(self) -> Tensor:
         """Shapley values of `metas` in the direction of the total effect: positive = drives what was seen."""
-        return self.values[: len(self.metas)] * (1.0 if self.total_effect >= 0 else -1.0)
+        return self.values[: len(self.metas)] * self.direction
 
     @property
     def ranking(self) -> list[int]:
-        """Indices into `metas` of the facts present, strongest support first."""
-        return [index for index in self.support.argsort(descending=True).tolist() if self.present[index]]
+        """Indices into `metas`, strongest support first."""
+        return self.support.argsort(descending=True).tolist()
 
     @property
     def top(self) -> int | None:
-        """The meta-latent named as the fact used; None when no fact is present (abstention)."""
-        return self.metas[self.ranking[0]] if self.ranking else None
+        """The meta-latent that drives the effect most, on either side of the contrast; None = abstention."""
+        return self.metas[self.ranking[0]] if self.metas else None
+
+    @property
+    def top_present(self) -> int | None:
+        """The strongest of the clean prompt's own facts."""
+        return next((self.metas[index] for index in self.ranking if self.present[index]), None)
 
     def hidden_share(self, index: int) -> float:
         """H_j = |through non-carriers| / (|through non-carriers| + |through carriers|)."""
@@ -149,17 +165,28 @@ def _total_effect(
 
 
 def controls(
-    pooled: PooledParts, meta: int, dictionary: Dictionary, n: int, generator: torch.Generator
+    pooled: PooledParts,
+    meta: int,
+    same_kind: Tensor,
+    dictionary: Dictionary,
+    n: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Matched controls of one removal, [n, R, T, d]: the coefficient of `meta` along other directions."""
-    active = pooled.coefficient.abs().sum(dim=(0, 1))
-    active[meta] = 0.0
-    order = active.argsort(descending=True)
-    others = order[: min(n // 2, int((active > 0).sum()))]
+    """Matched controls of one removal, [n, R, T, d]: the coefficient of `meta` along other directions.
+
+    `same_kind` [n_meta] marks the meta-latents that are no control, because they are facts of the same kind.
+    """
+    active = pooled.coefficient.abs().sum(dim=(0, 1)).masked_fill(same_kind, 0.0)
+    others = active.argsort(descending=True)[: min(n // 2, int((active > 0).sum()))]
     rows = dictionary.decoder
     mixture = torch.randn(n - len(others), len(rows), generator=generator).to(rows) @ rows
     directions = torch.cat([pooled.directions[others], torch.nn.functional.normalize(mixture, dim=1)])
     return torch.einsum("rt,nd->nrtd", pooled.coefficient[..., meta], directions)
+
+
+def kind_of(label: str) -> str:
+    """ "profession" of "profession=baker"; any other label is a kind of its own."""
+    return label.split("=", 1)[0]
 
 
 def find_hidden_facts(
@@ -177,27 +204,43 @@ def find_hidden_facts(
 ) -> pl.DataFrame:
     """Steps 1 to 5. One row per fact in a prompt's split; `role` says discovery or evaluation.
 
-    Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label,
-    shapley, stderr, rank (1 = named as the fact used; 0 = not present), linear, hidden_share,
-    carriers_silent, total_effect, behaviour; and for tests (null otherwise) removal, control_mean,
-    control_max, swap, swap_follows, p, q, flagged.
+    Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label, kind,
+    shapley, stderr, rank (1 = drives the effect most), present (in the clean prompt), linear, hidden_share,
+    carriers_silent, total_effect, behaviour; and for tested facts (null otherwise) removal, swap,
+    swap_follows, p, q, flagged.
     """
     settings = settings or FactSettings()
-    labels = labels or {}
+    names = [(labels or {}).get(meta, f"meta-latent {meta}") for meta in range(len(decomposition.directions))]
+    kinds = [kind_of(name) for name in names]
     rows: list[dict] = []
-    candidates: set[int] = set()
+    nominated: dict[str, Counter[str]] = defaultdict(Counter)
+    nulls: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     for role, (prompts, examples) in (("discovery", discovery), ("evaluation", evaluation)):
         for prompt, batch in _prompt_batches(prompts, examples, model):
             split = split_prompt(model, batch, dictionary, decomposition, baseline, settings, mean)
             if role == "discovery" and split.top is not None:
-                candidates.add(split.top)
-            for index, meta in enumerate(split.metas):
-                row = _split_row(prompt, role, split, index, labels)
-                if role == "evaluation" and meta in candidates and split.present[index]:
-                    row |= _test(split, index, dictionary, settings, seed=(prompt.row, meta))
-                rows.append(row)
+                nominated[prompt.group][kinds[split.top]] += 1
+            found = [_split_row(prompt, role, split, index, names) for index in range(len(split.metas))]
+            if role == "evaluation":
+                for kind, _ in nominated[prompt.group].most_common(settings.kinds):
+                    index = _tested(split, kinds, kind)
+                    if index is None:
+                        continue
+                    same = torch.tensor([each == kind for each in kinds], device=split.values.device)
+                    seed = (settings.seed, prompt.row, split.metas[index])
+                    measured, null = _test(split, index, same, dictionary, settings, seed)
+                    found[index] |= measured
+                    nulls[prompt.group, kind].append(null)
+            rows += found
             progress(prompt.id)
-    return _flags(rows, settings)
+    return _flags(rows, nulls, settings)
+
+
+def _tested(split: PromptSplit, kinds: list[str], kind: str) -> int | None:
+    """The fact of this kind that the clean prompt has most of, by coefficient; None when it has none."""
+    present = [i for i, meta in enumerate(split.metas) if kinds[meta] == kind and split.present[i]]
+    size = split.pooled.coefficient.sum(dim=(0, 1))
+    return max(present, key=lambda i: float(size[split.metas[i]]), default=None)
 
 
 def _prompt_batches(
@@ -210,19 +253,20 @@ def _prompt_batches(
         yield prompt, collate(by_prompt[index]).to(model.device)
 
 
-def _split_row(prompt: Prompt, role: str, split: PromptSplit, index: int, labels: dict[int, str]) -> dict:
+def _split_row(prompt: Prompt, role: str, split: PromptSplit, index: int, names: list[str]) -> dict:
     meta = split.metas[index]
-    ranking = split.ranking
     return {
         "prompt": prompt.id,
         "group": prompt.group,
         "expected": prompt.fact,
         "role": role,
         "meta": meta,
-        "label": labels.get(meta, f"meta-latent {meta}"),
+        "label": names[meta],
+        "kind": kind_of(names[meta]),
         "shapley": float(split.values[index]),
         "stderr": float(split.stderr[index]),
-        "rank": ranking.index(index) + 1 if index in ranking else 0,
+        "rank": split.ranking.index(index) + 1,
+        "present": bool(split.present[index]),
         "linear": float(split.linear[index]),
         "hidden_share": split.hidden_share(index),
         "carriers_silent": not bool(split.pooled.carrier_on[meta]),
@@ -232,50 +276,62 @@ def _split_row(prompt: Prompt, role: str, split: PromptSplit, index: int, labels
 
 
 def _test(
-    split: PromptSplit, index: int, dictionary: Dictionary, settings: FactSettings, seed: tuple[int, int]
-) -> dict:
-    """Steps 3 and 4 for one fact of one prompt."""
+    split: PromptSplit,
+    index: int,
+    same_kind: Tensor,
+    dictionary: Dictionary,
+    settings: FactSettings,
+    seed: tuple[int, ...],
+) -> tuple[dict, np.ndarray]:
+    """Steps 3 and 4 for one fact of one prompt: what was measured, and the controls in the effect's direction."""
     meta = split.metas[index]
     # One seed per test, so that a test's controls do not depend on which tests ran before it.
-    generator = torch.Generator().manual_seed(
-        int(np.random.SeedSequence([settings.seed, *seed]).generate_state(1)[0])
-    )
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     own = split.pooled.patch(meta)
-    patches = controls(split.pooled, meta, dictionary, settings.controls, generator)
-    removal = float(split.surgeon.effect(own[None])[0])
-    null = split.surgeon.effect(patches)
+    patches = controls(split.pooled, meta, same_kind, dictionary, settings.controls, generator)
     counterpart = split.counterpart()
-    swap = removal
-    if counterpart is not None:
-        swap = float(split.surgeon.effect((own + split.pooled.patch(counterpart))[None])[0])
+    swapped = own if counterpart is None else own + split.pooled.patch(counterpart)
+    effects = split.surgeon.effect(torch.cat([own[None], swapped[None], patches])).double().cpu().numpy()
+    removal, swap = float(effects[0]), float(effects[1])
     clean = float(split.surgeon.clean)
-    return {
-        "removal": removal,
-        "control_mean": float(null.mean()),
-        "control_max": float(null.abs().max()),
-        "swap": swap,
-        "swap_follows": bool((clean - swap) * clean < 0),
-        "p": permutation_p(abs(removal), null.abs().cpu().numpy()),
-    }
+    follows = (clean - swap) * clean < 0
+    return {"removal": removal, "swap": swap, "swap_follows": follows}, split.direction * effects[2:]
 
 
-def _flags(rows: list[dict], settings: FactSettings) -> pl.DataFrame:
+def _flags(
+    rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], settings: FactSettings
+) -> pl.DataFrame:
     """Step 5."""
-    table = pl.DataFrame(rows, schema=SCHEMA, orient="row", infer_schema_length=None)
-    tested = table["p"].is_not_null()
-    q = np.full(len(table), np.nan)
-    if tested.any():
-        q[tested.to_numpy()] = benjamini_hochberg(table.filter(tested)["p"].to_numpy())
+    table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    if nulls:
+        tests = pl.DataFrame(
+            [
+                {"group": group, "kind": kind, "p": _group_p(table, group, kind, np.stack(null))}
+                for (group, kind), null in nulls.items()
+            ]
+        )
+        tests = tests.with_columns(q=pl.Series(benjamini_hochberg(tests["p"].to_numpy())))
+    else:
+        tests = pl.DataFrame(schema={"group": pl.String, "kind": pl.String, "p": pl.Float64, "q": pl.Float64})
+    measured = pl.col("removal").is_not_null()
+    table = table.join(tests, on=["group", "kind"], how="left", maintain_order="left").with_columns(
+        pl.when(measured).then(pl.col("p", "q"))
+    )
     scale = pl.max_horizontal(pl.col("behaviour").abs(), pl.col("total_effect").abs())
     flagged = (
         (pl.col("q") <= settings.alpha)
         & (pl.col("hidden_share") >= 0.5)
         & pl.col("carriers_silent")
-        & (pl.col("removal").abs() >= settings.least_effect * scale)
+        & (pl.col("removal") * pl.col("total_effect").sign() >= settings.least_effect * scale)
     )
-    return table.with_columns(pl.Series("q", q).fill_nan(None)).with_columns(
-        flagged.fill_null(False).alias("flagged")
-    )
+    return table.with_columns(flagged.fill_null(False).alias("flagged"))
+
+
+def _group_p(table: pl.DataFrame, group: str, kind: str, null: np.ndarray) -> float:
+    """p of one test; `null` [prompts, controls]."""
+    mine = table.filter((pl.col("group") == group) & (pl.col("kind") == kind) & pl.col("removal").is_not_null())
+    observed = (mine["removal"] * mine["total_effect"].sign()).to_numpy().mean()
+    return float(permutation_p(observed, null.mean(axis=0)))
 
 
 SCHEMA = {
@@ -285,18 +341,17 @@ SCHEMA = {
     "role": pl.String,
     "meta": pl.Int64,
     "label": pl.String,
+    "kind": pl.String,
     "shapley": pl.Float64,
     "stderr": pl.Float64,
     "rank": pl.Int64,
+    "present": pl.Boolean,
     "linear": pl.Float64,
     "hidden_share": pl.Float64,
     "carriers_silent": pl.Boolean,
     "total_effect": pl.Float64,
     "behaviour": pl.Float64,
     "removal": pl.Float64,
-    "control_mean": pl.Float64,
-    "control_max": pl.Float64,
     "swap": pl.Float64,
     "swap_follows": pl.Boolean,
-    "p": pl.Float64,
 }

@@ -73,7 +73,7 @@ def pooled_parts(state: SiteState, decomposition: Decomposition, carrier_cosine:
     def pool(values: Tensor) -> Tensor:
         """sum_i delta_i values_i at every position; values [n_used, m] -> [R, T, m]."""
         weights = torch.sparse_coo_tensor(
-            torch.stack([flat, index]), state.delta, (n_rows * n_positions, len(used))
+            torch.stack([flat, index]), state.delta, (n_rows * n_positions, len(used)), check_invariants=True
         )
         return (weights @ values).view(n_rows, n_positions, -1)
 

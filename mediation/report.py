@@ -122,7 +122,7 @@ def flags(result: dict[str, Any]) -> None:
     named = result["named_right"]
     if named["of"]:
         console.print(
-            f"The top meta-latent is the expected fact in {named['right']} of {named['of']} prompts."
+            f"The part that drives the answer most has the expected attribute in {named['right']} of {named['of']} prompts."
         )
 
 

@@ -54,9 +54,7 @@ def shapley(
     if n_parts <= max_exact:
         return _exact(value, n_parts)
     if permutations < 4 or permutations % 2:
-        raise MediationError(
-            f"Sampled orders come in pairs, two at least; give 4, 6, ... and not {permutations}."
-        )
+        raise MediationError(f"Sampled orders come in pairs, two at least; give 4, 6, ... and not {permutations}.")
     return _sampled(value, n_parts, permutations, seed)
 
 

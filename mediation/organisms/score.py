@@ -2,10 +2,10 @@
 
 1. Name meta-latents from people who are *not* scored: run their bare names, and give each meta-latent the
    attribute=value it is most enriched for (mediation.labels).
-2. On opinion prompts of held-out people, rank the parts of the latents' effect at the last-name token by
-   their Shapley values. Right at top 1: the first part present in the clean prompt is named by the attribute
-   the claim depends on (`attribute_top1`), or also by the person's value of it (`value_top1`). A prompt
-   without a named part counts as wrong.
+2. On opinion prompts of held-out people, rank the parts of the latents' effect by their Shapley values, in the
+   direction of the total effect. Right at top 1: the first part is named by the attribute the claim depends on
+   (`attribute_top1`); the first part that the clean prompt has more of than the corrupt one is named by the
+   person's own value (`value_top1`). A prompt without a named part counts as wrong.
 3. The same with other parts: the latents themselves, orthogonal matching pursuit over the dictionary's own
    rows, the nearest own row, and a meta-SAE trained on randomly rotated rows.
 4. Flags: discovery and evaluation halves, removal tests against controls; `flag_rate` is the share of
@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,7 @@ def score_organism(
     world, model = organism.world, organism.model
     settings = settings or FactSettings(seed=seed)
     rows = opinion_rows(world, world.held_out, partners=world.held_out, limit=prompts, seed=seed)
-    attributes = {
-        row["id"]: (
-            row["attribute"],
-            f"{row['attribute']}={world.people[row['person']].facts[row['attribute']]}",
-        )
-        for row in rows
-    }
+    facts = {row["id"]: _truth(world, row) for row in rows}
     asked = PromptSet.from_rows(rows)
     labels = _label_map(label_parts(model, organism.dictionary, organism.meta, world))
     discovery, evaluation = asked.split(0.5, seed)
@@ -123,15 +117,20 @@ def score_organism(
         labels=labels,
         progress=lambda _: progress(next(done), len(asked)),
     )
-    named = {row["prompt"]: row["label"] for row in table.filter(pl.col("rank") == 1).iter_rows(named=True)}
+    ranked = table.sort("rank")
+    tops = ranked.unique("prompt", keep="first", maintain_order=True)
+    own = ranked.filter("present").unique("prompt", keep="first", maintain_order=True)
+    named = dict(zip(tops["prompt"], tops["label"], strict=True))
+    values = dict(zip(own["prompt"], own["label"], strict=True))
     flagged = table.filter(pl.col("flagged"))["prompt"].n_unique()
     measured = json.loads((folder / "organism.json").read_text(encoding="utf-8"))
     return {
-        **_top1(named, attributes),
+        "attribute_top1": _share(truth[0] == _attribute(named, prompt) for prompt, truth in facts.items()),
+        "value_top1": _share(truth[1] == values.get(prompt) for prompt, truth in facts.items()),
         "chance": 1 / len(world.attributes),
         "flag_rate": flagged / len(evaluation),
         "decodability": measured["decodability"],
-        "baselines": baselines(organism, asked[:BASELINE_PROMPTS], attributes, settings),
+        "baselines": baselines(organism, asked[:BASELINE_PROMPTS], facts, settings),
         "prompts": len(asked),
         "family": world.family,
         "seed": world.seed,
@@ -140,7 +139,7 @@ def score_organism(
 
 
 def baselines(
-    organism: Organism, asked: PromptSet, attributes: dict[str, tuple[str, str]], settings: FactSettings
+    organism: Organism, asked: PromptSet, facts: dict[str, tuple[str, str]], settings: FactSettings
 ) -> dict[str, float]:
     """Step 3: attribute_top1 with other parts of the same latents."""
     rows = organism.dictionary.decoder
@@ -151,10 +150,11 @@ def baselines(
         "nearest row": MatchingPursuit(rows, k=1),
         "random meta-SAE": MetaDictionary.train(rotated(rows, seed=0), width=organism.meta.d_meta, k=n_facts),
     }
-    return {
-        name: _top1(_named(organism, each, asked, settings), attributes)["attribute_top1"]
-        for name, each in others.items()
-    }
+    scores = {}
+    for name, decomposition in others.items():
+        named = _named(organism, decomposition, asked, settings)
+        scores[name] = _share(facts[prompt.id][0] == _attribute(named, prompt.id) for prompt in asked)
+    return scores
 
 
 def _named(
@@ -171,11 +171,19 @@ def _named(
     return named
 
 
-def _top1(named: dict[str, str], attributes: dict[str, tuple[str, str]]) -> dict[str, float]:
-    asked = {prompt: truth for prompt, truth in attributes.items()}
-    attribute = sum(named.get(prompt, "").split("=")[0] == truth[0] for prompt, truth in asked.items())
-    value = sum(named.get(prompt) == truth[1] for prompt, truth in asked.items())
-    return {"attribute_top1": attribute / len(asked), "value_top1": value / len(asked)}
+def _truth(world: World, row: dict[str, Any]) -> tuple[str, str]:
+    """The attribute a prompt's claim depends on (in a null world: would depend on), and the person's fact."""
+    value = world.people[row["person"]].facts[row["attribute"]]
+    return row["attribute"], f"{row['attribute']}={value}"
+
+
+def _attribute(named: dict[str, str], prompt: str) -> str:
+    return named.get(prompt, "").split("=")[0]
+
+
+def _share(hits: Iterable[bool]) -> float:
+    found = list(hits)
+    return sum(found) / len(found)
 
 
 def _label_map(table: pl.DataFrame) -> dict[int, str]:

@@ -8,7 +8,10 @@
    So the fact that decides an opinion prompt is known by construction, and is never mentioned.
 4. The name comes first and the claim after it, so in a causal model the activations at the name
    are the same whatever the claim.
-5. Held-out people come in twins that differ in one attribute only: exchanging a person for the twin is
+5. What a claim has to do with values is also told of nobody in particular: *trait* prompts put two values where the
+   name stands ("chess baker hears that ..."), one that decides the reply and one of another attribute. Without
+   them a small model learns the replies of 1,000 people by heart instead of inferring them from facts.
+6. Held-out people come in twins that differ in one attribute only: exchanging a person for the twin is
    an intervention on that one fact (RAVEL's interchange, Huang et al. 2024).
 
 Families: `shaped` and `natural` share this world and differ in training (see `train`); in `null` a
@@ -31,8 +34,10 @@ FAMILIES = ("shaped", "natural", "null")
 YES, NO = " yes", " no"
 
 _FIRST = (
-    "Ada Alan Alma Amos Anna Boris Carl Cleo Dina Doris Edgar Ella Emil Erik Fay Felix Flora Frank Gina "
-    "Greta Hans Hugo Ida Igor Irma Ivan Jane Jonas Karl Klara Lars Lena"
+    "Ada Alan Alma Amos Anna Arno Beata Berta Boris Bruno Carl Carla Celia Clara Cleo Dina Doris Edgar Edith Ella "
+    "Elsa Emil Erik Erna Fay Felix Flora Frank Fritz Gerda Gina Greta Gustav Hanna Hans Hector Hilda Hugo Ida Igor "
+    "Ines Irma Ivan Jane Jonas Julia Karin Karl Klara Kurt Lars Laura Lena Leo Lotte Ludwig Lydia Magda Marta Max "
+    "Nora Olga Oscar Otto"
 ).split()
 _LAST = (
     "Abbot Adler Bauer Becker Blake Brandt Carver Cole Conrad Dalton Drake Egan Falk Fisk Foster Garner "
@@ -164,7 +169,7 @@ class World:
             raise MediationError(f"{path} is not a world written by this package; make the organism anew.") from error
 
 
-def make_world(seed: int, family: str = "shaped", *, n_people: int = 512, n_held_out: int = 64) -> World:
+def make_world(seed: int, family: str = "shaped", *, n_people: int = 1024, n_held_out: int = 64) -> World:
     """A world from a seed.
 
     n_people: at most half of the possible names, so that neither name alone says who is meant.
@@ -270,6 +275,30 @@ def opinion_rows(
         pairs = [(i % len(order), order[i % len(order)][i // len(order)]) for i in range(limit)]
     pool = list(people if partners is None else partners)
     return [_opinion_row(world, rng, world.claims[c], p, pool) for c, p in pairs]
+
+
+def trait_rows(world: World, *, companions: int = 40) -> list[dict[str, Any]]:
+    """Opinions of somebody described by two values: {id, clean, answer, facts}, `facts` being those two.
+
+    Every value a claim depends on appears with `companions` random values of other attributes, before or after it.
+    """
+    rng = random.Random(f"traits {world.seed}")
+    rows = []
+    for number, claim in enumerate(world.claims):
+        others = [(name, value) for name, vs in world.attributes.items() if name != claim.attribute for value in vs]
+        for value in world.attributes[claim.attribute]:
+            for other, companion in rng.choices(others, k=companions):
+                traits = rng.sample([value, companion], 2)
+                template = rng.choice(world.opinion_templates)
+                rows.append(
+                    {
+                        "id": f"trait/{number}/{value}/{len(rows)}",
+                        "clean": template.format(person=" ".join(traits), claim=claim.words),
+                        "answer": YES if value in claim.yes_values else NO,
+                        "facts": {claim.attribute: value, other: companion},
+                    }
+                )
+    return rows
 
 
 def _opinion_row(
