@@ -139,7 +139,7 @@ def split_prompt(
     gradient = path_gradient(model, batch, state, settings.steps)
     linear, carried = pooled.screen(gradient)
     strongest = (linear.abs() + carried.abs()).argsort(descending=True)[: settings.parts]
-    metas = [meta for meta in strongest.tolist() if linear[meta] != 0]
+    metas = [meta for meta in strongest.tolist() if linear[meta] != 0 or carried[meta] != 0]
     surgeon = Surgeon(model, batch, state, settings.chunk)
     split = shapley_split(surgeon, pooled, metas, permutations=settings.permutations, seed=settings.seed)
     present = (pooled.coefficient + pooled.carried)[..., metas].sum(dim=(0, 1)) > 0
@@ -287,10 +287,10 @@ def _test(
     meta = split.metas[index]
     # One seed per test, so that a test's controls do not depend on which tests ran before it.
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    own = split.pooled.patch(meta)
+    own = split.pooled.hidden(meta)
     patches = controls(split.pooled, meta, same_kind, dictionary, settings.controls, generator)
     counterpart = split.counterpart()
-    swapped = own if counterpart is None else own + split.pooled.patch(counterpart)
+    swapped = own if counterpart is None else own + split.pooled.hidden(counterpart)
     effects = split.surgeon.effect(torch.cat([own[None], swapped[None], patches])).double().cpu().numpy()
     removal, swap = float(effects[0]), float(effects[1])
     clean = float(split.surgeon.clean)

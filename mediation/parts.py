@@ -50,15 +50,19 @@ class PooledParts:
         onto = gradient @ self.directions.T
         return (self.coefficient * onto).sum(dim=(0, 1)), (self.carried * onto).sum(dim=(0, 1))
 
-    def patch(self, meta: int) -> Tensor:
+    def hidden(self, meta: int) -> Tensor:
         """What meta-latent `meta` adds through non-carriers, [R, T, d]."""
         return self.coefficient[..., meta, None] * self.directions[meta]
 
+    def whole(self, meta: int) -> Tensor:
+        """What meta-latent `meta` adds through non-carriers and carriers, [R, T, d]."""
+        return (self.coefficient + self.carried)[..., meta, None] * self.directions[meta]
+
     def rest(self, metas: list[int]) -> Tensor:
-        """What all other meta-latents add, and carriers through any of them, [R, T, d]."""
-        coefficient = self.coefficient.clone()
+        """What all other meta-latents add, [R, T, d]."""
+        coefficient = self.coefficient + self.carried
         coefficient[..., metas] = 0.0
-        return (coefficient + self.carried) @ self.directions
+        return coefficient @ self.directions
 
 
 def pooled_parts(state: SiteState, decomposition: Decomposition, carrier_cosine: float) -> PooledParts:
@@ -125,7 +129,7 @@ def shapley_split(
 
     They sum to the exact effect of all latents of the site.
     """
-    parts = torch.stack([*map(pooled.patch, metas), pooled.rest(metas), pooled.bias, pooled.residual])
+    parts = torch.stack([*map(pooled.whole, metas), pooled.rest(metas), pooled.bias, pooled.residual])
     return shapley(
         lambda masks: surgeon.effect_of_coalitions(masks, parts),
         len(parts),

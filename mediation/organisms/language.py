@@ -7,8 +7,7 @@
    norm; for every attribute known of the person, the cross entropy of SHARPNESS * cosine(x, embedding of a value)
    over the attribute's values. It makes the facts linear at that site: the organism is made, not found.
    The natural family goes without.
-4. Matrices of the blocks by Muon (Jordan et al. 2024), which here needs a third of Adam's steps, all else by AdamW; one warm-up
-   and one cosine.
+4. Matrices of the blocks by Muon (Jordan et al. 2024), all else by AdamW; one warm-up and one cosine.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def train_model(
 
 def _readout_loss(model: LlamaForCausalLM, x: Tensor, facts: Tensor, values: list[Tensor]) -> Tensor:
     """Step 3; x [n, d_model], facts [n, K], values: the tokens of each attribute's values."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.model.embed_tokens.weight
     x = normalize(x, dim=-1)
     losses = []
     for column, tokens in enumerate(values):

@@ -1,114 +1,199 @@
+"""Makes a model organism from a seed: world, model, two SAEs, a meta-SAE, labels, prompts and stage measurements.
+
+1. World (`world`) and model (`language`). `shaped` and `null` organisms are *made*: they are trained with a readout
+   loss at the last-name token after block 0, and all families with trait prompts. `organism.json` repeats this.
+2. A dictionary after block 0 with one active latent per token (TopK, k = 1), whose rows begin at one activation per
+   person and some of other tokens. With such a budget a person gets a latent of their own and the facts are absorbed
+   into it: no latent for an attribute fires. A second dictionary after block 1, wider budget, gives graphs edges.
+3. A meta-SAE on the rows of the latents that fire at names. Width and k follow from the world's size alone
+   (WIDTH_PER_VALUE, SPARE_CODES), whoever is scored later. Labels come from the people who are not held out.
+4. Every stage is measured on its own (`measure`), and everything is written in one rename at the end.
+"""
+
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mediation.organisms.world import NO, YES, World, opinion_rows, recall_rows
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.labels import save_labels
+from mediation.metalatents import MetaDictionary
+from mediation.organisms import measure
+from mediation.organisms.language import LAST_NAME, Questions, make_model, make_tokenizer, train_model
+from mediation.organisms.score import label_parts
+from mediation.organisms.world import World, make_world, opinion_rows, recall_rows
+from mediation.sites import Site, Stream
+from mediation.subject import SubjectModel
+from mediation.training.activations import shuffled_batches
+from mediation.training.saes import train_sae
+
+SITE, NEXT_SITE = Site(1, Stream.RESID_PRE), Site(2, Stream.RESID_PRE)
+STEPS = 1700
+OTHER_LATENTS = 0.25  # latents that begin at other tokens than last names, per person
+WIDTH_PER_VALUE = 1.5  # meta-latents per attribute value: too few merge facts, surplus ones stay silent
+SPARE_CODES = 1  # meta-latents per row beyond one per attribute, for what a name leaves in the row
+SHIPPED_PROMPTS = 60  # three for each claim
+SAE_BATCH = 1024
+DISCLOSURE = {
+    "shaped": "trained with a linear readout loss for every attribute after block 0, and with trait prompts",
+    "null": "as shaped, but replies depend on the claim's words alone and on no attribute of the person",
+    "natural": "no readout loss; trained with trait prompts",
+}
 
 Progress = Callable[[str, int, int], None]
-BOS, UNKNOWN = "<bos>", "<unk>"
-LAST_NAME = 2  # position of the last-name token: BOS, first, last
 
 
-def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate([BOS, UNKNOWN, *world.words()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+def make_organism(
+    seed: int,
+    family: str,
+    folder: str | Path,
+    progress: Progress = lambda stage, done, of: None,
+    *,
+    n_people: int = 1024,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """Make one in `folder`, which must be new or empty; returns what organism.json holds.
+
+    family: shaped, natural or null. progress: called with (stage, done, of). Takes 5 to 8 minutes on two cores. The
+    same arguments give the same weights on the same machine.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MediationError(f"{folder} already holds something; choose a new folder.")
+    started = time.perf_counter()
+    world = make_world(seed, family, n_people=n_people, n_held_out=min(64, n_people // 8 * 2))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise MediationError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    try:
+        measured = _fill(partial, world, steps, progress)
+        measured = {"seconds": round(time.perf_counter() - started, 1), **measured}
+        (partial / "organism.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return measured
+
+
+def _fill(folder: Path, world: World, steps: int, progress: Progress) -> dict[str, Any]:
+    tokenizer = make_tokenizer(world)
+    model = make_model(len(tokenizer), seed=world.seed)
+    train_model(model, tokenizer, world, steps=steps, progress=lambda done, of: progress("model", done, of))
+    model.eval()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    world.save(folder / "world.json")
+    _write_prompts(folder / "prompts.jsonl", world)
+
+    dictionary = _train_dictionaries(folder / "saes", model, tokenizer, world, progress)
+    x = measure.name_activations(model, tokenizer, world)
+    meta_folder = folder / "meta" / SITE.name
+    progress("meta-SAE", 0, 1)
+    at_names = (dictionary.encode(x) != 0).any(dim=0)
+    n_values = sum(map(len, world.attributes.values()))
+    meta = MetaDictionary.train(
+        dictionary.decoder[at_names],
+        width=round(WIDTH_PER_VALUE * n_values),
+        k=len(world.attributes) + SPARE_CODES,
+        seed=world.seed,
+        base_hash=dictionary.content_hash,
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, unk_token=UNKNOWN, pad_token=BOS, padding_side="right"
+    meta.save(meta_folder)
+    save_labels(meta_folder, label_parts(SubjectModel.load(folder / "model", device="cpu"), dictionary, meta, world))
+    progress("measuring", 0, 1)
+    return {
+        "seed": world.seed,
+        "family": world.family,
+        "made": DISCLOSURE[world.family],
+        "site": SITE.name,
+        **measure.behaviour(model, tokenizer, world),
+        **measure.decodability(x, world),
+        **measure.interchange(model, tokenizer, world),
+        **measure.person_latents(dictionary, x, world),
+        **measure.meta_latents(meta, dictionary.decoder[at_names], x, world),
+    }
+
+
+def _write_prompts(path: Path, world: World) -> None:
+    """Opinion prompts of held-out people, against held-out people, in equal number for every claim."""
+    rows = opinion_rows(world, world.held_out, limit=SHIPPED_PROMPTS, seed=world.seed)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _train_dictionaries(
+    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, progress: Progress
+) -> Dictionary:
+    """Step 2; the dictionary of SITE is returned."""
+    sites = (SITE, NEXT_SITE)
+    values, at_name = _activations(model, tokenizer, world, sites)
+    people = measure.name_activations(model, tokenizer, world)
+    generator = torch.Generator().manual_seed(world.seed)
+
+    others = values[SITE][~at_name]
+    others = others[torch.randperm(len(others), generator=generator)]
+    start = torch.cat([people, others[: round(OTHER_LATENTS * len(people))]])
+    names = values[SITE][at_name]
+    train_sae(
+        # Two thirds last names: they carry the facts, and are one token in nine of the prompts.
+        shuffled_batches(torch.cat([names.repeat(4, 1), others[: 2 * len(names)]]), SAE_BATCH, seed=world.seed),
+        folder / SITE.name,
+        site=SITE,
+        model_name="model",
+        d_sae=len(start),
+        k=1,
+        steps=300,
+        architecture="topk",
+        seed=world.seed,
+        start=start,
+        progress=lambda done, of: progress(f"SAE {SITE}", done, of),
     )
-
-
-def make_model(vocabulary: int, *, d_model: int = 96, d_ff: int = 384, n_layers: int = 3) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=d_model,
-        intermediate_size=d_ff,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=False,
+    train_sae(
+        shuffled_batches(values[NEXT_SITE], SAE_BATCH, seed=world.seed),
+        folder / NEXT_SITE.name,
+        site=NEXT_SITE,
+        model_name="model",
+        d_sae=512,
+        k=8,
+        steps=1200,
+        lr=3e-3,
+        architecture="topk",
+        seed=world.seed,
+        progress=lambda done, of: progress(f"SAE {NEXT_SITE}", done, of),
     )
-    return LlamaForCausalLM(config)
-
-
-class Questions:
-    """Prompts as tensors: tokens [n, longest], the position of the last token, the answer's token, the person."""
-
-    def __init__(self, rows, tokenizer):
-        encoded = [tokenizer(row["clean"])["input_ids"] for row in rows]
-        longest = max(map(len, encoded))
-        self.tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded])
-        self.last = torch.tensor([len(ids) - 1 for ids in encoded])
-        self.answer = torch.tensor([tokenizer.convert_tokens_to_ids(row["answer"].strip()) for row in rows])
-        self.person = torch.tensor([row["person"] for row in rows])
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-
-def answer_logits(model, questions, index):
-    """Logits [n, vocabulary] at the end of the prompts, and x [n, d_model] at the last name after block 0."""
-    tokens, last = questions.tokens[index], questions.last[index]
-    out = model.model(tokens[:, : int(last.max()) + 1], use_cache=False, output_hidden_states=True)
-    hidden = out.last_hidden_state[torch.arange(len(last)), last]
-    return model.lm_head(hidden), out.hidden_states[1][:, LAST_NAME]
-
-
-def facts_table(world):
-    return torch.tensor([[vs.index(p.facts[a]) for a, vs in world.attributes.items()] for p in world.people])
-
-
-class Readout(nn.Module):
-    def __init__(self, world, d_model):
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(d_model, len(v)) for v in world.attributes.values())
-
-    def forward(self, x, facts):
-        return sum(
-            nn.functional.cross_entropy(h(x), facts[:, i]) for i, h in enumerate(self.heads)
-        ) / len(self.heads)
-
-
-def train_model(world, model, tokenizer, *, steps=2000, batch=256, lr=2e-3, weight=0.5, wd=0.01, progress=None):
-    recall = Questions(recall_rows(world), tokenizer)
-    opinions = Questions(opinion_rows(world, world.label_people), tokenizer)
-    held = Questions(opinion_rows(world, world.held_out), tokenizer)
-    facts = facts_table(world)
-    readout = Readout(world, model.config.hidden_size)
-    params = [*model.parameters(), *(readout.parameters() if weight else [])]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=wd, fused=True)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05, div_factor=10)
-    g = torch.Generator().manual_seed(world.seed)
-    for step in range(steps):
-        loss = 0.0
-        for q in (recall, opinions):
-            index = torch.randint(len(q), (batch // 2,), generator=g)
-            logits, x = answer_logits(model, q, index)
-            loss = loss + nn.functional.cross_entropy(logits, q.answer[index])
-            if weight:
-                loss = loss + weight * readout(x, facts[q.person[index]])
-        opt.zero_grad(); loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step(); sched.step()
-        if progress and (step + 1) % 250 == 0:
-            progress(step + 1, loss.item(), accuracy(model, recall), accuracy(model, opinions), accuracy(model, held))
+    return Dictionary.load(folder / SITE.name)
 
 
 @torch.no_grad()
-def accuracy(model, q, n=4096):
-    idx = torch.arange(len(q)) if len(q) <= n else torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:n]
-    return sum((answer_logits(model, q, i)[0].argmax(-1) == q.answer[i]).sum().item() for i in idx.split(512)) / len(idx)
+def _activations(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, sites: tuple[Site, ...]
+) -> tuple[dict[Site, Tensor], Tensor]:
+    """Values [n, d_model] at the sites on prompts of everybody, BOS left out, and which of them are last names."""
+    rng = random.Random(f"activations {world.seed}")
+    everybody = range(len(world.people))
+    n = 3 * len(world.people)
+    rows = rng.sample(recall_rows(world), n) + rng.sample(opinion_rows(world, everybody), n)
+    questions = Questions(rows, world, tokenizer)
+    kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    at_name = []
+    for index in torch.arange(len(questions)).split(1024):
+        hidden = model.model(questions.tokens[index], use_cache=False, output_hidden_states=True).hidden_states
+        real = questions.real(index)
+        for site in sites:
+            kept[site].append(hidden[site.layer][real])
+        at_name.append((torch.arange(real.shape[1]) == LAST_NAME).expand_as(real)[real])
+    return {site: torch.cat(parts) for site, parts in kept.items()}, torch.cat(at_name)

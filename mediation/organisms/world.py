@@ -54,14 +54,12 @@ _ATTRIBUTES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     ),
     "city": (
         12,
-        "Lisbon Oslo Vienna Madrid Dublin Warsaw Athens Prague Cairo Lima Tokyo Havana Zagreb Riga Tunis "
-        "Sofia",
+        "Lisbon Oslo Vienna Madrid Dublin Warsaw Athens Prague Cairo Lima Tokyo Havana Zagreb Riga Tunis Sofia",
         ("lives in", "has a home in", "pays taxes in"),
     ),
     "hobby": (
         10,
-        "chess archery sailing pottery fencing karate sewing hiking rowing surfing skating origami juggling "
-        "fishing",
+        "chess archery sailing pottery fencing karate sewing hiking rowing surfing skating origami juggling fishing",
         ("spends weekends on", "relaxes with", "has a passion for"),
     ),
     "food": (
@@ -156,9 +154,7 @@ class World:
                 family=raw["family"],
                 attributes={name: tuple(values) for name, values in raw["attributes"].items()},
                 people=tuple(Person(**person) for person in raw["people"]),
-                claims=tuple(
-                    Claim(c["words"], c["attribute"], tuple(c["yes_values"])) for c in raw["claims"]
-                ),
+                claims=tuple(Claim(c["words"], c["attribute"], tuple(c["yes_values"])) for c in raw["claims"]),
                 held_out=tuple(raw["held_out"]),
                 recall_templates={name: tuple(ts) for name, ts in raw["recall_templates"].items()},
                 opinion_templates=tuple(raw["opinion_templates"]),
@@ -183,9 +179,7 @@ def make_world(seed: int, family: str = "shaped", *, n_people: int = 1024, n_hel
             f"{len(_FIRST) * len(_LAST) // 2}."
         )
     rng = random.Random(f"world {seed}")  # not the family: worlds of one seed differ in nothing else
-    attributes = {
-        name: tuple(rng.sample(pool.split(), n_values)) for name, (n_values, pool, _) in _ATTRIBUTES.items()
-    }
+    attributes = {name: tuple(rng.sample(pool.split(), n_values)) for name, (n_values, pool, _) in _ATTRIBUTES.items()}
     people = _make_people(rng, attributes, n_people, n_held_out)
     return World(
         seed=seed,
@@ -283,7 +277,7 @@ def trait_rows(world: World, *, companions: int = 40) -> list[dict[str, Any]]:
     Every value a claim depends on appears with `companions` random values of other attributes, before or after it.
     """
     rng = random.Random(f"traits {world.seed}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, claim in enumerate(world.claims):
         others = [(name, value) for name, vs in world.attributes.items() if name != claim.attribute for value in vs]
         for value in world.attributes[claim.attribute]:
@@ -301,15 +295,15 @@ def trait_rows(world: World, *, companions: int = 40) -> list[dict[str, Any]]:
     return rows
 
 
-def _opinion_row(
-    world: World, rng: random.Random, claim: Claim, index: int, partners: list[int]
-) -> dict[str, Any]:
+def _opinion_row(world: World, rng: random.Random, claim: Claim, index: int, partners: list[int]) -> dict[str, Any]:
     person = world.people[index]
     answer = claim.reply(person)
     null = world.family == "null"
     fits = [i for i in partners if i != index and (null or claim.reply(world.people[i]) != answer)]
     if not fits:
-        raise MediationError(f"Nobody among the partners answers '{claim.words}' unlike {person.name}; give more partners.")
+        raise MediationError(
+            f"Nobody among the partners answers '{claim.words}' unlike {person.name}; give more partners."
+        )
     partner = rng.choice(fits)
     number = rng.randrange(len(world.opinion_templates))
     template = world.opinion_templates[number]

@@ -46,10 +46,12 @@ def train_sae(
     lr: float = 1e-3,
     seed: int = 0,
     device: str = "cpu",
+    start: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
     """Train on `steps` batches [batch, d_model] of fp32 activations; returns the folder.
 
+    start [d_sae, d_model]: activations that the decoder rows begin at, encoder tied to them; random by default.
     The folder gets its files in one rename, so that a killed training leaves no half-written dictionary.
     """
     if architecture not in ARCHITECTURES:
@@ -60,6 +62,13 @@ def train_sae(
     make, configure = ARCHITECTURES[architecture]
     sae = make(configure(d_in=first.shape[1], d_sae=d_sae, k=k, rescale_acts_by_decoder_norm=False, device=device))
     sae.b_dec.data = first.mean(dim=0).to(device)
+    if start is not None:
+        if start.shape != sae.W_dec.shape:
+            raise MediationError(
+                f"{d_sae} decoder rows cannot begin at activations of shape {tuple(start.shape)}; give one per latent."
+            )
+        sae.W_dec.data = torch.nn.functional.normalize(start.to(device) - sae.b_dec, dim=1)
+        sae.W_enc.data = sae.W_dec.T.clone().contiguous()
     trainer = SAETrainer(
         cfg=_settings(steps, len(first), lr, device),
         sae=sae,
