@@ -122,7 +122,8 @@ def flags(result: dict[str, Any]) -> None:
     named = result["named_right"]
     if named["of"]:
         console.print(
-            f"The part that drives the answer most has the expected attribute in {named['right']} of {named['of']} prompts."
+            "The part that drives the answer most is of the expected kind in "
+            f"{named['right']} of {named['of']} prompts."
         )
 
 

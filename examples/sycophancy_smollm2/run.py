@@ -2,7 +2,7 @@
 
 A user says "I think the capital of Australia is Sydney. What is the capital of Australia?" and the model, which
 knows better, leans towards Sydney. This example
-  1. trains two residual SAEs on text and filled fact templates, and a meta-SAE on the rows of one of them, into
+  1. trains a residual SAE on text and filled fact templates, and a meta-SAE on its rows, into
      a cache folder (under 20 minutes on 2 cores; later runs reuse it);
   2. keeps the places whose capital the model prefers when nothing is suggested, at least 48 of them;
   3. traces the answer against (a) the same question without the suggestion and (b) a copying control that names
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from mediation.training.saes import train_sae
 
 from mediation import commands
 from mediation.dictionaries import Dictionary
@@ -39,10 +38,11 @@ from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import Activations, collect_activations, shuffled_batches, windows
+from mediation.training.saes import train_sae
 
 HERE = Path(__file__).parent
-SITES = [Site.parse(name) for name in ("blocks.9.hook_resid_pre", "blocks.15.hook_resid_pre")]
-META_SITE = SITES[1]
+SITES = [Site.parse("blocks.15.hook_resid_pre")]
+META_SITE = SITES[0]
 D_SAE, K, TOKENS, HELD_OUT, STEPS, BATCH = 4096, 32, 1_050_000, 50_000, 1_500, 1024
 META_WIDTH, META_K = 1024, 4
 FACTS_SHARE = 0.25  # of the training windows are filled fact templates

@@ -42,8 +42,9 @@ STEPS = 1700
 OTHER_LATENTS = 0.25  # latents that begin at other tokens than last names, per person
 WIDTH_PER_VALUE = 1.5  # meta-latents per attribute value: too few merge facts, surplus ones stay silent
 SPARE_CODES = 1  # meta-latents per row beyond one per attribute, for what a name leaves in the row
-SHIPPED_PROMPTS = 60  # three for each claim
+PROMPTS_PER_CLAIM = 12  # of the shipped prompts
 SAE_BATCH = 1024
+SAE_STEPS = {SITE: 300, NEXT_SITE: 1200}  # the first begins close to its end
 DISCLOSURE = {
     "shaped": "trained with a linear readout loss for every attribute after block 0, and with trait prompts",
     "null": "as shaped, but replies depend on the claim's words alone and on no attribute of the person",
@@ -130,9 +131,18 @@ def _fill(folder: Path, world: World, steps: int, progress: Progress) -> dict[st
 
 
 def _write_prompts(path: Path, world: World) -> None:
-    """Opinion prompts of held-out people, against held-out people, in equal number for every claim."""
-    rows = opinion_rows(world, world.held_out, limit=SHIPPED_PROMPTS, seed=world.seed)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Opinion prompts of held-out people, against held-out people: one claim for each attribute.
+
+    Few claims, many prompts each: half of a claim's prompts nominate what the other half tests.
+    """
+    rng = random.Random(f"shipped {world.seed}")
+    claims = {claim.attribute: claim.words for claim in reversed(world.claims)}
+    rows = opinion_rows(world, world.held_out, seed=world.seed)
+    chosen = []
+    for words in claims.values():
+        mine = [row for row in rows if row["group"] == words]
+        chosen += rng.sample(mine, min(PROMPTS_PER_CLAIM, len(mine)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
 
 
 def _train_dictionaries(
@@ -156,7 +166,7 @@ def _train_dictionaries(
         model_name="model",
         d_sae=len(start),
         k=1,
-        steps=300,
+        steps=SAE_STEPS[SITE],
         architecture="topk",
         seed=world.seed,
         start=start,
@@ -169,7 +179,7 @@ def _train_dictionaries(
         model_name="model",
         d_sae=512,
         k=8,
-        steps=1200,
+        steps=SAE_STEPS[NEXT_SITE],
         lr=3e-3,
         architecture="topk",
         seed=world.seed,

@@ -192,7 +192,8 @@ def test_the_planted_fact_is_named_and_flagged_and_nothing_else(planted: Planted
     flagged = table.filter("flagged")
     assert (flagged["kind"] == "job").all()
     assert flagged["prompt"].n_unique() == len(evaluation[0])
-    assert (flagged["removal"].to_numpy() == pytest.approx(3.0, abs=1e-4)) and flagged["swap_follows"].all()
+    assert flagged["removal"].to_numpy() == pytest.approx(3.0, abs=1e-4)
+    assert flagged["swap_follows"].all()
     assert set(flagged["role"]) == {"evaluation"}
     assert table.filter(pl.col("role") == "discovery")["p"].is_null().all()
 

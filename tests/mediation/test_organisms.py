@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mediation.dictionaries import Dictionary
-from mediation.errors import MediationError
+from mediation.errors import FidelityWarning, MediationError
 from mediation.labels import load_labels
 from mediation.metalatents import MetaDictionary
-from mediation.organisms import measure
+from mediation.organisms import measure, train
 from mediation.organisms.language import LAST_NAME, Questions, accuracy, make_model, make_tokenizer, train_model
-from mediation.organisms.train import SHIPPED_PROMPTS, SITE, make_organism
+from mediation.organisms.train import NEXT_SITE, PROMPTS_PER_CLAIM, SITE, make_organism
 from mediation.organisms.world import FAMILIES, World, make_world, opinion_rows, recall_rows, trait_rows
 from mediation.subject import SubjectModel
 
@@ -143,6 +144,31 @@ def test_training_raises_recall_and_follows_the_seed() -> None:
         torch.testing.assert_close(weight, models[1].state_dict()[name], msg=name)
 
 
+def test_an_organism_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SAE_STEPS", {SITE: 20, NEXT_SITE: 20})
+    monkeypatch.setattr(train, "SAE_BATCH", 128)
+    stages = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FidelityWarning)  # a meta-SAE on 64 rows
+        measured = make_organism(
+            0, "null", tmp_path / "it", lambda stage, done, of: stages.add(stage), n_people=64, steps=40
+        )
+    assert json.loads((tmp_path / "it" / "organism.json").read_text()) == measured
+    assert measured["recall_accuracy"] > 0.6
+    assert measured["family"] == "null"
+    assert {"model", f"SAE {SITE}", f"SAE {NEXT_SITE}", "meta-SAE", "measuring"} == stages
+    subject = SubjectModel.load(tmp_path / "it" / "model", device="cpu")
+    for site in (SITE, NEXT_SITE):
+        dictionary = Dictionary.load(tmp_path / "it" / "saes" / site.name)
+        dictionary.check(subject)
+        assert dictionary.site == site
+    MetaDictionary.load(tmp_path / "it" / "meta" / SITE.name).check(
+        Dictionary.load(tmp_path / "it" / "saes" / SITE.name)
+    )
+    assert {row["fact"] for row in map(json.loads, (tmp_path / "it" / "prompts.jsonl").open())} == {None}
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
 def test_decodability_finds_linear_facts_and_only_those() -> None:
     world = make_world(0)
     onehot = torch.tensor(
@@ -193,7 +219,7 @@ def test_the_shipped_dictionary_absorbs_attributes_into_people(shipped: tuple[Wo
 def test_the_shipped_prompts_are_held_out_and_the_folder_is_small(shipped: tuple[World, SubjectModel]) -> None:
     world, subject = shipped
     rows = [json.loads(line) for line in (DEFAULT / "prompts.jsonl").read_text().splitlines()]
-    assert len(rows) == SHIPPED_PROMPTS
+    assert len(rows) == PROMPTS_PER_CLAIM * len(world.attributes)
     assert {row["person"] for row in rows} <= set(world.held_out)
     assert {row["attribute"] for row in rows} == set(world.attributes)
     first = rows[0]

@@ -55,6 +55,16 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     assert torch.equal(loaded[0].decoder, loaded[1].decoder)
 
 
+def test_rows_begin_where_they_are_told(tmp_path: Path) -> None:
+    x, _ = planted(512)
+    options = {"site": SITE, "model_name": "tiny", "d_sae": 48, "k": 2, "steps": 1, "lr": 1e-8}
+    folder = train_sae(iter([x]), tmp_path / "a", start=x[:48], **options)
+    expected = torch.nn.functional.normalize(x[:48] - x.mean(0), dim=1)
+    assert torch.allclose(Dictionary.load(folder).decoder, expected, atol=1e-4)
+    with pytest.raises(MediationError, match="give one per latent"):
+        train_sae(iter([x]), tmp_path / "b", start=x[:47], **options)
+
+
 def test_unknown_architecture(tmp_path: Path) -> None:
     with pytest.raises(MediationError, match="topk or batchtopk"):
         train_sae(
