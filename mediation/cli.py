@@ -56,7 +56,7 @@ def trace(
     ] = "corrupt",
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
     estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
-    steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 10,
+    steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 16,
     batch_size: Annotated[
         int, typer.Option(help="Prompts in a forward; changes speed and memory only.")
     ] = 16,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from mediation.errors import MediationError
 
@@ -124,6 +125,7 @@ def _from_hub(name: str, gguf_file: str | None, allow_download: bool) -> Path:
 
 def load_module(files: ModelFiles, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """Open the weights, refuse unknown architectures first, freeze."""
+    disable_progress_bar()  # it would write between the tables
     options: dict[str, Any] = {"local_files_only": True}
     if files.gguf_file:
         options["gguf_file"] = files.gguf_file

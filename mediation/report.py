@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,14 +19,20 @@ from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 progress_console = Console(file=sys.stderr)
 SHOWN = 12  # rows of a table that people read; everything is in the run folder
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
     table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold"
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for name in columns:
         numeric = name.startswith("#")
@@ -56,15 +63,16 @@ def trace(result: dict[str, Any], model: SubjectModel) -> None:
 
 def _trust(result: dict[str, Any]) -> None:
     table = _table(
-        "What these numbers can bear", "site", "#variance explained", "#L0", "#CE recovered", "#conservation gap",
-        "#on error nodes",
+        "What these numbers can bear", "site", "#variance", "#L0", "#CE", "#gap", "#on errors",
+        caption="variance explained, active latents per token and cross-entropy recovered by the dictionary on these "
+        "prompts; gap: what conservation misses; on errors: share of attribution on error nodes",
     )  # fmt: skip
     fidelity = dict(zip(result["conservation_gap"], result["fidelity"].values(), strict=True))
     for site, gap in result["conservation_gap"].items():
         one = fidelity[site]
         table.add_row(
-            site, _number(one["variance_explained"]), _number(one["l0"], 1), _number(one["cross_entropy_recovered"]),
-            f"{gap:.2%}", f"{result['error_share'][site]:.0%}",
+            _short(site), _number(one["variance_explained"]), _number(one["l0"], 1),
+            _number(one["cross_entropy_recovered"]), f"{gap:.1%}", f"{result['error_share'][site]:.0%}",
         )  # fmt: skip
     console.print(table)
     for name, each in result["estimator_vs_exact"].items():
@@ -77,19 +85,25 @@ def _trust(result: dict[str, Any]) -> None:
 def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
-        "Top latents", "site", "role", "latent", "fires on", "#attribution", "#95 % interval", "#TIE", "#NIE",
-        "#prompts", caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
+        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE",
+        caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
     )  # fmt: skip
     for row in result["top_latents"][:SHOWN]:
         one = measured.get((row["site"], row["latent"]), {})
         token = model.tokenizer.decode([row["token"]]) if model.tokenizer is not None else str(row["token"])
+        error = row["latent"] is None
+        interval = rf"\[{row['low']:+.2f}, {row['high']:+.2f}]"
         table.add_row(
-            row["site"], escape(row["role"]), "error" if row["latent"] is None else str(row["latent"]),
-            "" if row["latent"] is None else escape(repr(token)), f"{row['attribution']:+.3f}",
-            f"[{row['low']:+.3f}, {row['high']:+.3f}]".replace("[", r"\["), _number(one.get("tie")),
-            _number(one.get("nie")), str(row["prompts"] or ""),
+            _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
+            "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
+            _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
         )  # fmt: skip
     console.print(table)
+
+
+def _short(site: str) -> str:
+    """ "1.resid_pre" of "blocks.1.hook_resid_pre"."""
+    return site.removeprefix("blocks.").replace("hook_", "")
 
 
 def paths(graph: AttributionGraph, n: int) -> None:
@@ -102,15 +116,15 @@ def flags(result: dict[str, Any]) -> None:
     """Hidden facts with their proof."""
     found = result["hidden_facts"]
     table = _table(
-        "Hidden facts: used, though no latent for them fired", "fact", "expected", "in", "#removal", "#total effect",
-        "#hidden", "swap", "#p", "#q",
-        caption="removal: what the behaviour loses without the fact's part; swap: the counterpart's fact instead, "
-        "does the answer follow?",
+        "Hidden facts: used, though no latent for them fired", "fact", "expected", "in", "#removal", "#of", "#hidden",
+        "swap", "#p", "#q",
+        caption="removal: what the behaviour loses without the fact's part, of the total effect; swap: the "
+        "counterpart's fact instead, does the answer follow?",
     )  # fmt: skip
     for row in found[:SHOWN]:
         table.add_row(
-            escape(row["fact"]), escape(row["expected_fact"] or "-"), escape(row["group"]), f"{row['effect']:+.2f}",
-            f"{row['total_effect']:+.2f}", f"{row['hidden_share']:.0%}", "follows" if row["swap_follows"] else "stays",
+            escape(row["fact"]), escape(row["expected_fact"] or "-"), escape(row["group"]), f"{row['effect']:+.1f}",
+            f"{row['total_effect']:+.1f}", f"{row['hidden_share']:.0%}", "follows" if row["swap_follows"] else "stays",
             f"{row['p']:.3f}", f"{row['q']:.3f}",
         )  # fmt: skip
     console.print(table)
@@ -139,9 +153,7 @@ def closing(run: Path, seconds: float, megabytes: float) -> None:
     )
 
 
-def organism(
-    make: Callable[[Callable[[str, int, int], None]], dict[str, Any]], quiet: bool
-) -> dict[str, Any]:
+def organism(make: Callable[[Callable[[str, int, int], None]], dict[str, Any]], quiet: bool) -> dict[str, Any]:
     """Make an organism under a progress bar, then show how well each stage came out."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress_console, disable=quiet, transient=True) as bar:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import polars as pl
+import psutil
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class TraceSettings:
     baseline: Baseline = Baseline.CORRUPT
     behaviour: Behaviour = Behaviour.LOGIT_DIFF
     estimator: Estimator = Estimator.IG
-    steps: int = 10
+    steps: int = 16
     batch_size: int = 16
     chunk: int = 64
     sample: int = 128
@@ -101,21 +102,21 @@ class Estimate:
 def estimate(
     model: SubjectModel, dictionaries: Sequence[Dictionary], prepared: Prepared, settings: TraceSettings
 ) -> Estimate:
-    """Time one forward of the middle batch and scale by the passes to come (a backward counts two)."""
+    """Time one forward of the middle batch and scale by the passes to come (a backward counts two).
+
+    Memory is what the process holds now, models loaded, and the graph of the largest batch's forward.
+    """
     probe = prepared.batches[len(prepared.batches) // 2]
     start = time.perf_counter()
     model.forward(probe.clean, probe.mask, positions=probe.target_positions.unique())
     second = (time.perf_counter() - start) / probe.clean.numel()
     tokens = sum(batch.clean.numel() for batch in prepared.batches)
-    per_token = 2 + 3 + len(dictionaries) * (3 * settings.steps + 1)
+    per_token = 5 + len(dictionaries) * (3 * settings.steps + 1) + 2 * settings.top
     longest = max(batch.clean.shape[1] for batch in prepared.batches)
     sampled = len(dictionaries) * settings.sample * longest
-    weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    weights += sum(8 * d.d_sae * d.d_model for d in dictionaries)
-    activations = (
-        40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
-    )
-    return Estimate(second * (tokens * per_token + sampled), (weights + activations) / 2**20)
+    held = psutil.Process().memory_info().rss
+    activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
+    return Estimate(second * (tokens * per_token + sampled), (held + activations) / 2**20)
 
 
 def trace(
@@ -187,9 +188,7 @@ def _trace_batch(
     run.write_shard("prompts", name, pl.concat(prompts))
 
 
-def node_table(
-    state: SiteState, scores: dict[Estimator, NodeScores], batch: Batch, prompts: PromptSet
-) -> pl.DataFrame:
+def node_table(state: SiteState, scores: dict[Estimator, NodeScores], batch: Batch, prompts: PromptSet) -> pl.DataFrame:
     """Nodes of one state by prompt: NODE_KEYS, id, role, token, clean, baseline and a column per estimator."""
     error_row, error_position = state.free.nonzero(as_tuple=True)
     row = torch.cat([state.row, error_row]).cpu().numpy()
@@ -268,17 +267,13 @@ def trust(run: Run) -> dict[str, object]:
     """Step 3: what the numbers of a run can bear."""
     prompts, sample, nodes = prompt_table(run), run.read("calibration"), run.read("nodes")
     effect = prompts["clean"] - prompts["baseline"]
-    per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by(
-        "site", maintain_order=True
-    )
+    per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by("site", maintain_order=True)
     gaps = per_site.agg(gap=pl.col("gap").mean() / pl.col("te").abs().mean())
     on_error = nodes.group_by("site", maintain_order=True).agg(
         share=pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
     )
     measured = sample["exact_effect"].to_numpy()
-    compared = {
-        name: asdict(agreement(sample[name].to_numpy(), measured)) for name in (Estimator.ATP, Estimator.IG)
-    }
+    compared = {name: asdict(agreement(sample[name].to_numpy(), measured)) for name in (Estimator.ATP, Estimator.IG)}
     return {
         "conservation_gap": dict(gaps.iter_rows()),
         "error_share": dict(on_error.iter_rows()),
@@ -364,9 +359,7 @@ def top_effects(
             mediators = [(state.latent == latent).nonzero().squeeze(1) for latent in latents]
             measured = effects(model, batch, state, settings.baseline, mediators)
             te = measured.te[:, None].expand_as(measured.tie)
-            sums += (
-                torch.stack([te, measured.tie, measured.nie, measured.nde]).double().sum(dim=1).cpu().numpy()
-            )
+            sums += torch.stack([te, measured.tie, measured.nie, measured.nde]).double().sum(dim=1).cpu().numpy()
         for latent, column in zip(latents, (sums / len(prepared.prompts)).T, strict=True):
             named = dict(zip(("te", "tie", "nie", "nde"), column.tolist(), strict=True))
             found.append({"site": dictionary.site.name, "latent": latent, **named})

@@ -181,7 +181,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, float]:
 def test_demo_prints_one_object_with_everything(demo: tuple[dict, Path, float]) -> None:
     found, run, seconds = demo
     assert found["total_effect"] > 5
-    assert found["estimator_vs_exact"]["pearson"] > 0.9
+    assert found["estimator_vs_exact"]["pearson"] > 0.7
     assert found["estimator_vs_exact"]["atp"]["n"] >= 100
     assert found["conservation_gap"] < 0.02
     assert found["meta_split_max_relative_error"] < 1e-5
