@@ -29,7 +29,7 @@ from mediation.prompts import Baseline, Batch
 from mediation.runs import Run
 from mediation.sites import Stream
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents
+from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents, trust
 
 KEEP = 200  # strongest in-edges kept of each target of each prompt
 RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
@@ -53,10 +53,13 @@ def build_graph(
                 run.write_shard("edges", name, _batch_edges(model, ordered, batch, prepared, nodes, settings))
             progress(number + 1, len(prepared.batches))
     effect = set_effect(run, seed=settings.seed)
+    order = run.read("nodes").group_by("role").agg(pl.col("position").mean()).sort("position")
     meta = {
         "behaviour": settings.behaviour.value,
         "total_effect": effect["mean"],
         "prompts": effect["prompts"],
+        "positions": order["role"].to_list(),
+        "error_share": trust(run)["error_share"],
     }
     graph = AttributionGraph.from_tables(*_tables(nodes, run.read("edges"), len(prepared.prompts)), meta=meta)
     graph = graph.prune(len(nodes))

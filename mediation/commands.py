@@ -144,7 +144,7 @@ def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
     """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
     run = Run.open(path)
     graph = AttributionGraph.load(run.path / "graph.json")
-    figures = {"total effect": graph.meta.get("total_effect"), **run.info.get("trust", {})}
+    figures = _page_figures(run)
     flags = page_flags(run.read("flags")) if run.has("flags") else []
     page = run.write_text("index.html", render(graph, title=run.path.name, figures=figures, flags=flags))
     graphml = run.write_text("graph.graphml", to_graphml(graph))
@@ -223,6 +223,21 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
         "evaluation_prompts": evaluation["prompt"].n_unique(),
         "flagged_prompts": flagged["prompt"].n_unique(),
         "named_right": {"right": len(right), "of": known["prompt"].n_unique()},
+    }
+
+
+def _page_figures(run: Run) -> dict[str, str]:
+    """The trust figures of a run as the page shows them."""
+    trust = run.info["trust"]
+    effect = set_effect(run)
+    ig = trust["estimator_vs_exact"]["ig"]
+    pearson = "-" if ig["pearson"] is None else f"{ig['pearson']:.2f}"
+    return {
+        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
+        "prompts": str(effect["prompts"]),
+        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
+        "on error nodes, worst site": f"{max(trust['error_share'].values()):.0%}",
+        "ig against exact": f"Pearson {pearson} over {ig['n']} nodes",
     }
 
 
