@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import polars as pl
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from circuits.build import build_graph
@@ -67,6 +68,7 @@ def load_dictionaries(source: Source, device: str) -> list[Dictionary]:
 
 def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
     """`mediation demo`: trace, graph and flags on the shipped organism."""
+    torch.set_num_threads(1)  # a model of half a million parameters runs slower on several
     started = time.perf_counter()
     organism = Path(__file__).parent / "organisms" / "default"
     source = Source(str(organism / "model"), (str(organism / "saes"),), str(organism / PROMPTS_FILE), "cpu")

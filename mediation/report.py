@@ -20,7 +20,7 @@ from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
 
 console = Console(width=None if sys.stdout.isatty() else 120)
-progress_console = Console(file=sys.stderr)
+progress_console = Console(stderr=True)
 SHOWN = 12  # rows of a table that people read; everything is in the run folder
 
 
