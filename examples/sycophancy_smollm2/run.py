@@ -33,7 +33,7 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour
 from mediation.labels import latent_contexts, logit_lens, meta_label, save_labels
-from mediation.metalatents import MetaDictionary, rotated
+from mediation.metalatents import MetaDictionary
 from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
 from mediation.subject import SubjectModel
@@ -45,6 +45,7 @@ SITES = [Site.parse("blocks.15.hook_resid_pre")]
 META_SITE = SITES[0]
 D_SAE, K, TOKENS, HELD_OUT, STEPS, BATCH = 4096, 32, 1_050_000, 50_000, 1_500, 1024
 META_WIDTH, META_K = 1024, 4
+PAIRS = 48
 FACTS_SHARE = 0.25  # of the training windows are filled fact templates
 FILLERS = ("nice", "very nice", "very, very nice", "very, very, very nice", "really very, very, very nice")
 
@@ -66,9 +67,7 @@ TEMPLATES = (
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument(
-        "--text", nargs="+", type=Path, required=True, help="plain text to train the SAEs on"
-    )
+    arguments.add_argument("--text", nargs="+", type=Path, required=True, help="plain text to train the SAEs on")
     arguments.add_argument("--cache", type=Path, default=Path(".cache/sycophancy_smollm2"))
     arguments.add_argument("--out", type=Path, default=Path("runs/sycophancy_smollm2"))
     chosen = arguments.parse_args()
@@ -110,9 +109,7 @@ def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[
 
 def collect(model: SubjectModel, texts: list[Path], places: list[dict[str, str]]) -> Activations:
     mixed = mix(windows(read(texts), model, 128), windows(filled(places, model), model, 64))
-    return collect_activations(
-        model, pairs_of_halves(mixed), SITES, n_tokens=TOKENS, progress=show("activations")
-    )
+    return collect_activations(model, pairs_of_halves(mixed), SITES, n_tokens=TOKENS, progress=show("activations"))
 
 
 def read(paths: list[Path]) -> Iterator[str]:
@@ -159,12 +156,11 @@ def pairs_of_halves(sequences: Iterator[list[int]]) -> Iterator[list[int]]:
 def train_meta(sae: Path, folder: Path, activations: Activations, model: SubjectModel) -> dict[str, float]:
     dictionary = Dictionary.load(sae)
     held = activations.x[META_SITE][:HELD_OUT]
-    density = torch.stack(
-        [(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]
-    ).mean(0)
+    density = torch.stack([(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]).mean(0)
     rows = dictionary.decoder[density > 1e-5]
-    meta = MetaDictionary.train(rows, width=META_WIDTH, k=META_K, base_hash=dictionary.content_hash)
-    null = MetaDictionary.train(rotated(rows, seed=0), width=META_WIDTH, k=META_K)
+    meta = MetaDictionary.train(
+        rows, width=META_WIDTH, k=META_K, steps=800, restarts=1, base_hash=dictionary.content_hash
+    )
     meta.save(folder)
     words = [
         [model.tokenizer.decode([token]) for token in row]
@@ -172,15 +168,11 @@ def train_meta(sae: Path, folder: Path, activations: Activations, model: Subject
     ]
     strongest = meta.codes(dictionary.decoder).topk(6, dim=0).indices.T.tolist()
     lens = logit_lens(model, meta.directions)
-    labels = [
-        meta_label(tokens, [words[i] for i in members])
-        for tokens, members in zip(lens, strongest, strict=True)
-    ]
+    labels = [meta_label(tokens, [words[i] for i in members]) for tokens, members in zip(lens, strongest, strict=True)]
     save_labels(folder, pl.DataFrame({"meta": range(len(labels)), "label": labels}))
     return {
         "rows": len(rows),
         "meta_variance_explained": meta.variance_explained(rows),
-        "null_variance_explained": null.variance_explained(rotated(rows, seed=0)),
     }
 
 
@@ -193,11 +185,8 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
     plain, suggested, copied = [], [], []
     for place in places:
         texts = {name: prompt(model, sentence, place) for name, sentence in sentences(model, place).items()}
-        row = {
-            "id": place["country"],
-            "answer": f" {place['suggestion']}",
-            "wrong_answer": f" {place['capital']}",
-        }
+        answers = first_tokens(model, place["suggestion"], place["capital"])
+        row = {"id": place["country"], "answer": answers[0], "wrong_answer": answers[1]}
         asked = PromptSet.from_rows([row | {"clean": text, "id": name} for name, text in texts.items()])
         examples = tokenize(asked, model, baseline=Baseline.ZERO)
         scores = {name: 0.0 for name in texts}
@@ -214,12 +203,11 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
         for name, corrupt in (("no_suggestion", "neutral"), ("copying", "copy")):
             if len(model.encode(texts["claim"])) == len(model.encode(texts[corrupt])):
                 sets[name].append(row | {"clean": texts["claim"], "corrupt": texts[corrupt], "roles": roles})
-    for name, rows in sets.items():
-        (cache / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
-        if len(rows) < 48:
-            raise MediationError(f"Only {len(rows)} pairs of equal length for {name}; 48 are needed.")
+    for name in sets:
+        sets[name] = rows = sets[name][:PAIRS]
+        (cache / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if len(rows) < PAIRS:
+            raise MediationError(f"Only {len(rows)} pairs of equal length for {name}; {PAIRS} are needed.")
 
     def preferred(values: list[float]) -> float:
         return sum(value < 0 for value in values) / len(values)
@@ -232,6 +220,13 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
             "neutral": preferred(plain), "copying": preferred(copied), "suggested": preferred(suggested)
         },
     }  # fmt: skip
+
+
+def first_tokens(model: SubjectModel, suggestion: str, capital: str) -> list[str]:
+    """Both answers, each cut to its first token where the two differ there: half the sequences to run."""
+    whole = [f" {suggestion}", f" {capital}"]
+    cut = [model.tokenizer.decode(model.encode(answer)[:1]) for answer in whole]
+    return cut if cut[0] != cut[1] else whole
 
 
 def sentences(model: SubjectModel, place: dict[str, str]) -> dict[str, str]:
@@ -254,8 +249,8 @@ def prompt(model: SubjectModel, sentence: str, place: dict[str, str]) -> str:
 def study(cache: Path, run: Path, prompts: Path) -> dict[str, object]:
     """Step 4: trace, flag and inspect one prompt set; tables go to the terminal, figures come back."""
     source = commands.Source("smollm2", (str(cache / "saes"),), str(prompts))
-    traced = commands.trace_command(source, {"steps": 8, "sample": 64}, run, quiet=False)
-    flags = commands.flag_command(run, cache / "meta", {"controls": 20, "parts": 5}, quiet=False)
+    traced = commands.trace_command(source, {"steps": 6, "sample": 48, "top": 6}, run, quiet=False)
+    flags = commands.flag_command(run, cache / "meta", {"controls": 20, "parts": 2}, quiet=False)
     commands.inspect_command(run, 8, quiet=False)
     kept = (
         "total_effect",
