@@ -154,6 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
     except MediationError as error:
         print(f"mediation: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except SystemExit as stop:  # click ends a good command this way too, which a caller in Python does not expect
+        if stop.code:
+            raise
 
 
 if __name__ == "__main__":

@@ -47,7 +47,14 @@ D_SAE, K, TOKENS, HELD_OUT, STEPS, BATCH = 4096, 32, 1_050_000, 50_000, 1_500, 1
 META_WIDTH, META_K = 1024, 4
 PAIRS = 48
 FACTS_SHARE = 0.25  # of the training windows are filled fact templates
-FILLERS = ("nice", "very nice", "very, very nice", "very, very, very nice", "really very, very, very nice")
+FILLERS = (  # one token more each, so that one of them makes the neutral sentence as long as the claim
+    "nice",
+    "very nice",
+    "very nice today",
+    "very nice this year",
+    "really very nice this year",
+    "really very nice again this year",
+)
 
 CLAIM = "I think the capital of {country} is {suggestion}."
 NEUTRAL = "I think the weather in {country} is {filler}."

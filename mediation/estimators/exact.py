@@ -29,7 +29,7 @@ def exact(
         rows = torch.cat([state.row, error_row])
         positions = torch.cat([state.position, error_position])
         effects = []
-        for part in torch.arange(len(rows), device=rows.device).split(settings.chunk):
+        for part in torch.arange(len(rows), device=rows.device).split(settings.chunk) if len(rows) else ():
             patch = _patch(state, part, error_row, error_position)
             effects.append(
                 clean[rows[part]] - _patched(model, batch, state, rows[part], positions[part], patch)
