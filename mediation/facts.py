@@ -8,7 +8,7 @@ Algorithm
 2. Facts come in kinds: "profession=baker" is of the kind "profession"; a label of another form is a kind of its
    own. Discovery prompts nominate, for their group (the question asked), the kinds of their strongest part.
 3. Evaluation prompts of the group test every nominated kind, on the fact of that kind the prompt has most of
-   (most by coefficient, not by effect, so that nothing is chosen by what is tested). Removal: take the fact's
+   (by coefficient), among the parts that passed the prompt's own linear screen. Removal: take the fact's
    part through non-carriers out of the residual stream and measure. Controls, the same coefficient at the
    same positions: first along the meta-latents of other kinds in the same latents, then along random
    directions from the span of the dictionary's own rows.

@@ -65,7 +65,10 @@ class Organism:
             raise MediationError(
                 f"{folder} is not an organism: it has no world.json; make one with mediation organism."
             )
-        (meta,) = sorted((folder / "meta").iterdir())
+        metas = sorted(cfg.parent for cfg in folder.glob("meta/*/cfg.json"))
+        if len(metas) != 1:
+            raise MediationError(f"{folder} holds {len(metas)} meta-SAEs and must hold one; make the organism anew.")
+        (meta,) = metas
         return cls(
             folder,
             SubjectModel.load(folder / "model", device="cpu"),
