@@ -28,7 +28,7 @@ app.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; the same settings resume the run there.")]
-Seed = Annotated[int, typer.Option(help="Seed of samples, controls and splits.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of samples, controls and splits.")]
 
 
 @app.command(epilog="Example: mediation demo --json")
@@ -61,7 +61,7 @@ def trace(
         int, typer.Option(help="Prompts in a forward; changes speed and memory only.")
     ] = 16,
     sample: Annotated[
-        int, typer.Option(help="Nodes of each site patched exactly, to judge the estimators.")
+        int, typer.Option(min=0, help="Nodes of each site patched exactly, to judge the estimators.")
     ] = 128,
     top: Annotated[int, typer.Option(help="Latents reported, and latents of each site in the graph.")] = 20,
     device: Annotated[
@@ -103,7 +103,7 @@ def flag(
         Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")
     ],
     controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 199,
-    parts: Annotated[int, typer.Option(help="Meta-latents in each prompt's Shapley split.")] = 8,
+    parts: Annotated[int, typer.Option(min=1, help="Meta-latents in each prompt's Shapley split.")] = 8,
     alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,
     seed: Seed = 0,
     as_json: Json = False,
@@ -118,7 +118,7 @@ def flag(
 @app.command(epilog="Example: mediation organism --seed 7 --out organisms/7 --family shaped")
 def organism(
     out: Annotated[Path, typer.Option(help="Folder to make; must not hold anything yet.")],
-    seed: Annotated[int, typer.Option(help="Everything about the organism follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Everything about the organism follows from it.")] = 0,
     family: Annotated[str, typer.Option(help="shaped, natural or null.")] = "shaped",
     as_json: Json = False,
 ) -> None:
