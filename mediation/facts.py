@@ -7,13 +7,13 @@ Algorithm
    there than in the baseline; a fact of the baseline prompt names the attribute, not the clean value.
 2. Facts come in kinds: "profession=baker" is of the kind "profession"; a label of another form is a kind of its
    own. Discovery prompts nominate, for their group (the question asked), the kinds of their strongest part.
-3. Evaluation prompts of the group test every nominated kind, on the fact of that kind the prompt has most of
-   (by coefficient), among the parts that passed the prompt's own linear screen. Removal: take the fact's
+3. Evaluation prompts of the group test every nominated kind, on the fact of that kind the prompt has most of:
+   chosen by coefficient, never by effect, so that the choice cannot flatter the test. Removal: take the fact's
    part through non-carriers out of the residual stream and measure. Controls, the same coefficient at the
    same positions: first along the meta-latents of other kinds in the same latents, then along random
    directions from the span of the dictionary's own rows.
-4. Swap: also take out the strongest fact of the baseline prompt that the clean one lacks, so that the
-   counterpart's fact stands in for it, and see whether the answer follows.
+4. Swap: also take out the baseline prompt's fact of the same kind (without one, its strongest fact), so that
+   the counterpart stands in for it, and see whether the answer follows.
 5. One test for each group and kind: the removal's mean over prompts against the means of its controls,
    p = (1 + #{control >= removal}) / (1 + n), one-sided: a fact that is used brings about the total effect, so
    its removal moves the behaviour against it. q by Benjamini and Hochberg (1995) over the run's tests.
@@ -72,9 +72,9 @@ class FactSettings:
 class PromptSplit:
     """One prompt's facts: the Shapley split of the latents' exact effect at the site.
 
-    `metas` are the meta-latents in the split; `values` and `stderr` [len(metas) + 3] end with `REST`;
-    `linear` and `carried` [len(metas)] are the screen's A_j through non-carriers and carriers;
-    `present` [len(metas)] marks facts of the clean prompt.
+    `metas` are the meta-latents in the split; `values` and `stderr` [len(metas) + 3] end with `REST`.
+    Of every meta-latent: `linear` and `carried` [n_meta] are the screen's A_j through non-carriers and
+    carriers; `present` [n_meta] marks facts of the clean prompt.
     """
 
     surgeon: Surgeon
@@ -110,17 +110,30 @@ class PromptSplit:
     @property
     def top_present(self) -> int | None:
         """The strongest of the clean prompt's own facts."""
-        return next((self.metas[index] for index in self.ranking if self.present[index]), None)
+        return next((self.metas[index] for index in self.ranking if self.present[self.metas[index]]), None)
 
-    def hidden_share(self, index: int) -> float:
+    def hidden_share(self, meta: int) -> float:
         """H_j = |through non-carriers| / (|through non-carriers| + |through carriers|)."""
-        hidden, open_ = abs(float(self.linear[index])), abs(float(self.carried[index]))
+        hidden, open_ = abs(float(self.linear[meta])), abs(float(self.carried[meta]))
         return hidden / (hidden + open_) if hidden + open_ else 0.0
 
-    def counterpart(self) -> int | None:
-        """The strongest fact of the baseline prompt that the clean one lacks (for the swap)."""
-        absent = [i for i in range(len(self.metas)) if not self.present[i]]
-        return self.metas[max(absent, key=lambda i: float(self.support[i]))] if absent else None
+    def most_present(self, kind: Tensor) -> int | None:
+        """Of the meta-latents that `kind` [n_meta] marks, the one the clean prompt has most of; None = it has none."""
+        return _largest(self.pooled.coefficient.sum(dim=(0, 1)), kind & self.present)
+
+    def counterpart(self, kind: Tensor) -> int | None:
+        """The baseline prompt's fact of this kind; without one, its strongest fact of any kind (for the swap)."""
+        own = _largest(-self.pooled.coefficient.sum(dim=(0, 1)), kind & ~self.present)
+        if own is not None:
+            return own
+        return next((self.metas[index] for index in self.ranking if not self.present[self.metas[index]]), None)
+
+
+def _largest(size: Tensor, among: Tensor) -> int | None:
+    """Index of the largest positive `size` where `among`, both [n]."""
+    size = size.masked_fill(~among, 0.0)
+    best = int(size.argmax())
+    return best if size[best] > 0 else None
 
 
 def split_prompt(
@@ -142,16 +155,15 @@ def split_prompt(
     metas = [meta for meta in strongest.tolist() if linear[meta] != 0 or carried[meta] != 0]
     surgeon = Surgeon(model, batch, state, settings.chunk)
     split = shapley_split(surgeon, pooled, metas, permutations=settings.permutations, seed=settings.seed)
-    present = (pooled.coefficient + pooled.carried)[..., metas].sum(dim=(0, 1)) > 0
     return PromptSplit(
         surgeon=surgeon,
         pooled=pooled,
         metas=metas,
         values=split.values,
         stderr=split.stderr,
-        linear=linear[metas],
-        carried=carried[metas],
-        present=present,
+        linear=linear,
+        carried=carried,
+        present=(pooled.coefficient + pooled.carried).sum(dim=(0, 1)) > 0,
         total_effect=_total_effect(model, batch, baseline, surgeon, state.x - state.baseline_x),
     )
 
@@ -202,12 +214,12 @@ def find_hidden_facts(
     labels: dict[int, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> pl.DataFrame:
-    """Steps 1 to 5. One row per fact in a prompt's split; `role` says discovery or evaluation.
+    """Steps 1 to 5. One row per fact in a prompt's split or tested on it; `role` says discovery or evaluation.
 
-    Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label, kind,
-    shapley, stderr, rank (1 = drives the effect most), present (in the clean prompt), linear, hidden_share,
-    carriers_silent, total_effect, behaviour; and for tested facts (null otherwise) removal, swap,
-    swap_follows, p, q, flagged.
+    Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label, kind; for facts
+    in the split (null otherwise) shapley, stderr, rank (1 = drives the effect most); present (in the clean prompt),
+    linear, hidden_share, carriers_silent, total_effect, behaviour; for tested facts (null otherwise) removal,
+    swap, swap_follows, p, q; and flagged.
     """
     settings = settings or FactSettings()
     names = [(labels or {}).get(meta, f"meta-latent {meta}") for meta in range(len(decomposition.directions))]
@@ -220,27 +232,20 @@ def find_hidden_facts(
             split = split_prompt(model, batch, dictionary, decomposition, baseline, settings, mean)
             if role == "discovery" and split.top is not None:
                 nominated[prompt.group][kinds[split.top]] += 1
-            found = [_split_row(prompt, role, split, index, names) for index in range(len(split.metas))]
+            tested: dict[int, dict] = {}
             if role == "evaluation":
                 for kind, _ in nominated[prompt.group].most_common(settings.kinds):
-                    index = _tested(split, kinds, kind)
-                    if index is None:
-                        continue
                     same = torch.tensor([each == kind for each in kinds], device=split.values.device)
-                    seed = (settings.seed, prompt.row, split.metas[index])
-                    measured, null = _test(split, index, same, dictionary, settings, seed)
-                    found[index] |= measured
+                    meta = split.most_present(same)
+                    if meta is None:
+                        continue
+                    seed = (settings.seed, prompt.row, meta)
+                    tested[meta], null = _test(split, meta, same, dictionary, settings, seed)
                     nulls[prompt.group, kind].append(null)
-            rows += found
+            shown = [*split.metas, *(meta for meta in tested if meta not in split.metas)]
+            rows += [_row(prompt, role, split, meta, names) | tested.get(meta, {}) for meta in shown]
             progress(prompt.id)
     return _flags(rows, nulls, settings)
-
-
-def _tested(split: PromptSplit, kinds: list[str], kind: str) -> int | None:
-    """The fact of this kind that the clean prompt has most of, by coefficient; None when it has none."""
-    present = [i for i, meta in enumerate(split.metas) if kinds[meta] == kind and split.present[i]]
-    size = split.pooled.coefficient.sum(dim=(0, 1))
-    return max(present, key=lambda i: float(size[split.metas[i]]), default=None)
 
 
 def _prompt_batches(
@@ -253,9 +258,8 @@ def _prompt_batches(
         yield prompt, collate(by_prompt[index]).to(model.device)
 
 
-def _split_row(prompt: Prompt, role: str, split: PromptSplit, index: int, names: list[str]) -> dict:
-    meta = split.metas[index]
-    return {
+def _row(prompt: Prompt, role: str, split: PromptSplit, meta: int, names: list[str]) -> dict:
+    row = {
         "prompt": prompt.id,
         "group": prompt.group,
         "expected": prompt.fact,
@@ -263,33 +267,37 @@ def _split_row(prompt: Prompt, role: str, split: PromptSplit, index: int, names:
         "meta": meta,
         "label": names[meta],
         "kind": kind_of(names[meta]),
-        "shapley": float(split.values[index]),
-        "stderr": float(split.stderr[index]),
-        "rank": split.ranking.index(index) + 1,
-        "present": bool(split.present[index]),
-        "linear": float(split.linear[index]),
-        "hidden_share": split.hidden_share(index),
+        "present": bool(split.present[meta]),
+        "linear": float(split.linear[meta]),
+        "hidden_share": split.hidden_share(meta),
         "carriers_silent": not bool(split.pooled.carrier_on[meta]),
         "total_effect": split.total_effect,
         "behaviour": float(split.surgeon.clean),
     }
+    if meta in split.metas:
+        index = split.metas.index(meta)
+        row |= {
+            "shapley": float(split.values[index]),
+            "stderr": float(split.stderr[index]),
+            "rank": split.ranking.index(index) + 1,
+        }
+    return row
 
 
 def _test(
     split: PromptSplit,
-    index: int,
+    meta: int,
     same_kind: Tensor,
     dictionary: Dictionary,
     settings: FactSettings,
     seed: tuple[int, ...],
 ) -> tuple[dict, np.ndarray]:
     """Steps 3 and 4 for one fact of one prompt: what was measured, and the controls in the effect's direction."""
-    meta = split.metas[index]
     # One seed per test, so that a test's controls do not depend on which tests ran before it.
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     own = split.pooled.hidden(meta)
     patches = controls(split.pooled, meta, same_kind, dictionary, settings.controls, generator)
-    counterpart = split.counterpart()
+    counterpart = split.counterpart(same_kind)
     swapped = own if counterpart is None else own + split.pooled.hidden(counterpart)
     effects = split.surgeon.effect(torch.cat([own[None], swapped[None], patches])).double().cpu().numpy()
     removal, swap = float(effects[0]), float(effects[1])

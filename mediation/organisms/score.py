@@ -120,7 +120,7 @@ def score_organism(
         labels=labels,
         progress=lambda _: progress(next(done), len(asked)),
     )
-    ranked = table.sort("rank")
+    ranked = table.drop_nulls("rank").sort("rank")
     tops = ranked.unique("prompt", keep="first", maintain_order=True)
     own = ranked.filter("present").unique("prompt", keep="first", maintain_order=True)
     named = dict(zip(tops["prompt"], tops["label"], strict=True))

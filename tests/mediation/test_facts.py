@@ -198,6 +198,22 @@ def test_the_planted_fact_is_named_and_flagged_and_nothing_else(planted: Planted
     assert table.filter(pl.col("role") == "discovery")["p"].is_null().all()
 
 
+def test_what_is_tested_does_not_depend_on_what_passed_the_screen(planted: Planted) -> None:
+    """A test on a fact picked by its effect would be flattered: one part in the split or eight, same removals."""
+    discovery, evaluation = planted.sets()
+    narrow, wide = (
+        find_hidden_facts(
+            planted.model, planted.dictionary, People(planted.facts), discovery, evaluation, labels=LABELS,
+            settings=FactSettings(carrier_cosine=0.9, permutations=4, controls=39, parts=parts),
+        ).drop_nulls("removal")
+        for parts in (1, 8)
+    )  # fmt: skip
+    assert narrow["rank"].is_null().any()  # tested, and not in the split
+    columns = ["prompt", "label", "removal", "swap", "p", "flagged"]
+    assert narrow.select(columns).equals(wide.select(columns))
+    assert len(narrow) == len(evaluation[0])
+
+
 def test_an_overt_fact_is_used_but_not_hidden(planted: Planted) -> None:
     """With a carrier threshold that makes every person a carrier of both facts, nothing is hidden."""
     discovery, evaluation = planted.sets()
@@ -253,7 +269,9 @@ def test_a_prompt_without_parts_abstains(planted: Planted) -> None:
     )
     assert split.top is None
     assert split.top_present is None
-    assert split.counterpart() is None
+    everything = torch.ones(8, dtype=torch.bool)
+    assert split.most_present(everything) is None
+    assert split.counterpart(everything) is None
 
 
 def test_settings_and_kinds() -> None:
