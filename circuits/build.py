@@ -84,9 +84,7 @@ def graph_nodes(
         return f"{latent} on '{word}'"
 
     rows = nodes.select("latent", "token").iter_rows()
-    ending = (
-        pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.col("latent").cast(pl.String))
-    )
+    ending = pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.col("latent").cast(pl.String))
     return nodes.with_columns(
         id=pl.concat_str([pl.col("site"), pl.col("role"), ending], separator="/"),
         kind=pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.lit("latent")),
@@ -135,9 +133,7 @@ def _chosen(state: SiteState, batch: Batch, nodes: pl.DataFrame) -> Tensor:
     wanted = set(zip(here["role"], here["latent"], strict=True))
     found = zip(state.row.tolist(), state.position.tolist(), state.latent.tolist(), strict=True)
     roles = [[role_of(example, p) for p in range(len(example))] for example in batch.examples]
-    chosen = [
-        k for k, (row, position, latent) in enumerate(found) if (roles[row][position], latent) in wanted
-    ]
+    chosen = [k for k, (row, position, latent) in enumerate(found) if (roles[row][position], latent) in wanted]
     return torch.tensor(chosen, dtype=torch.long, device=state.row.device)
 
 

@@ -67,9 +67,7 @@ class Sources:
         return cls(dictionary.site, *latents, dictionary.decoder, state.error, NodeKind.ERROR, state.free)
 
     @classmethod
-    def embeddings(
-        cls, model: SubjectModel, batch: Batch, baseline: Baseline, mean: Tensor | None = None
-    ) -> Sources:
+    def embeddings(cls, model: SubjectModel, batch: Batch, baseline: Baseline, mean: Tensor | None = None) -> Sources:
         """One source per free position: the token's embedding, at blocks.0.hook_resid_pre.
 
         Its baseline is the corrupt prompt's embedding, zero, or `mean` [d] (needed for the mean baseline).
@@ -199,9 +197,7 @@ def edges(
     return found.block(site, targets, change)
 
 
-def behaviour_edges(
-    sources: Sources, gradient: Tensor, change: Tensor, *, keep: int | None = None
-) -> EdgeBlock:
+def behaviour_edges(sources: Sources, gradient: Tensor, change: Tensor, *, keep: int | None = None) -> EdgeBlock:
     """In-edges of the behaviour from its last site: their weight is the node's own attribution.
 
     `gradient` is dm/dx [B, T, d] at the site; `change` [B] the total effect m(clean) - m(baseline).

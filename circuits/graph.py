@@ -176,9 +176,7 @@ class AttributionGraph:
         best = self._best_completion(share)
         flow = sum(abs(data["contribution"]) for _, _, data in self.digraph.in_edges(TARGET, data=True))
         order = itertools.count()  # ties leave the queue in the order they entered it
-        queue: list[tuple[float, int, float, tuple[str, ...]]] = [
-            (-flow * best[TARGET], next(order), flow, (TARGET,))
-        ]
+        queue: list[tuple[float, int, float, tuple[str, ...]]] = [(-flow * best[TARGET], next(order), flow, (TARGET,))]
         found: list[GraphPath] = []
         while queue and len(found) < n:
             _, _, carried, nodes = heapq.heappop(queue)
@@ -227,9 +225,7 @@ class AttributionGraph:
         # a copy in the order of the original, so that exports do not depend on set order
         digraph = nx.DiGraph()
         digraph.add_nodes_from((name, dict(d)) for name, d in self.digraph.nodes(data=True) if name in kept)
-        digraph.add_edges_from(
-            (s, t, dict(d)) for s, t, d in self.digraph.edges(data=True) if s in kept and t in kept
-        )
+        digraph.add_edges_from((s, t, dict(d)) for s, t, d in self.digraph.edges(data=True) if s in kept and t in kept)
         return AttributionGraph(digraph, meta)
 
     # -- disk --------------------------------------------------------------------------------------
@@ -263,9 +259,7 @@ class AttributionGraph:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise MediationError(
-                f"Cannot read '{path}' ({error.strerror}): give a graph.json of a run."
-            ) from error
+            raise MediationError(f"Cannot read '{path}' ({error.strerror}): give a graph.json of a run.") from error
 
 
 def _require(table: pl.DataFrame, columns: Iterable[str], name: str) -> None:

@@ -39,37 +39,23 @@ def demo(out: Out = None, as_json: Json = False) -> None:
     _finish(commands.demo(out, quiet=as_json), as_json)
 
 
-@app.command(
-    epilog="Example: mediation trace prompts.jsonl --model smollm2 --saes packs/layer-15 --out runs/capitals"
-)
+@app.command(epilog="Example: mediation trace prompts.jsonl --model smollm2 --saes packs/layer-15 --out runs/capitals")
 def trace(
-    prompts: Annotated[
-        Path, typer.Argument(help="JSONL rows {clean, corrupt?, answer, wrong_answer, roles?}.")
-    ],
+    prompts: Annotated[Path, typer.Argument(help="JSONL rows {clean, corrupt?, answer, wrong_answer, roles?}.")],
     model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
-    saes: Annotated[
-        list[str], typer.Option(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID; repeat.")
-    ],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID; repeat.")],
     out: Out = None,
-    baseline: Annotated[
-        str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")
-    ] = "corrupt",
+    baseline: Annotated[str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")] = "corrupt",
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
     estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
     steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 16,
-    batch_size: Annotated[
-        int, typer.Option(help="Prompts in a forward; changes speed and memory only.")
-    ] = 16,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a forward; changes speed and memory only.")] = 16,
     sample: Annotated[
         int, typer.Option(min=0, help="Nodes of each site patched exactly, to judge the estimators.")
     ] = 128,
     top: Annotated[int, typer.Option(help="Latents reported, and latents of each site in the graph.")] = 20,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")
-    ] = None,
-    allow_download: Annotated[
-        bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")
-    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -99,9 +85,7 @@ def inspect(
 @app.command(epilog="Example: mediation flag runs/capitals --meta packs/layer-15-meta")
 def flag(
     run: Annotated[Path, typer.Argument(help="Folder that a trace wrote.")],
-    meta: Annotated[
-        Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")
-    ],
+    meta: Annotated[Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")],
     controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 199,
     parts: Annotated[int, typer.Option(min=1, help="Meta-latents in each prompt's Shapley split.")] = 8,
     alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,

@@ -57,9 +57,7 @@ def load_dictionaries(source: Source, device: str) -> list[Dictionary]:
         folder = Path(spec)
         release, _, sae_id = spec.partition(":")
         if not folder.exists() and sae_id:
-            found.append(
-                Dictionary.load(release, sae_id, device=device, allow_download=source.allow_download)
-            )
+            found.append(Dictionary.load(release, sae_id, device=device, allow_download=source.allow_download))
             continue
         folders = sorted(cfg.parent for cfg in folder.glob("*/cfg.json")) or [folder]
         found.extend(Dictionary.load(each, device=device) for each in folders)
@@ -190,9 +188,7 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
             progress=lambda _: tick(next(done), len(prompts)),
         )
     run.write_table("flags", table)
-    run.record(
-        flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst}
-    )
+    run.record(flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst})
     result = {"run": str(path), "meta_split_max_relative_error": worst, **flag_summary(table)}
     if not quiet:
         report.flags(result)
@@ -311,9 +307,7 @@ def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path:
     for dictionary in dictionaries:
         if meta.base_hash == dictionary.content_hash:
             return dictionary
-    raise MediationError(
-        f"{path} was not trained on any of the run's dictionaries; give the meta-SAE of one of them."
-    )
+    raise MediationError(f"{path} was not trained on any of the run's dictionaries; give the meta-SAE of one of them.")
 
 
 @contextmanager

@@ -35,9 +35,7 @@ class Effects:
     nde: Tensor
 
 
-def total_effect(
-    model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline
-) -> tuple[Tensor, Tensor]:
+def total_effect(model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline) -> tuple[Tensor, Tensor]:
     """m(clean) and m(baseline), each [B]."""
     clean = behaviour(model, batch)
     return clean, _at_baseline(model, batch, state, baseline, torch.zeros_like(state.x))
@@ -60,9 +58,7 @@ def effects(
     return Effects(te, indirect, torch.stack(nie, dim=1) if nie else indirect, te[:, None] - indirect)
 
 
-def _at_baseline(
-    model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline, added: Tensor
-) -> Tensor:
+def _at_baseline(model: SubjectModel, batch: Batch, state: SiteState, baseline: Baseline, added: Tensor) -> Tensor:
     site = state.dictionary.site
     if baseline is Baseline.CORRUPT:
         return behaviour(model, batch, {site: lambda x: x + added}, corrupt=True)

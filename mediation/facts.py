@@ -168,9 +168,7 @@ def split_prompt(
     )
 
 
-def _total_effect(
-    model: SubjectModel, batch: Batch, baseline: Baseline, surgeon: Surgeon, difference: Tensor
-) -> float:
+def _total_effect(model: SubjectModel, batch: Batch, baseline: Baseline, surgeon: Surgeon, difference: Tensor) -> float:
     if baseline is Baseline.CORRUPT:
         return float(surgeon.clean - behaviour(model, batch, corrupt=True).sum())
     return float(surgeon.effect(difference[None])[0])
@@ -306,9 +304,7 @@ def _test(
     return {"removal": removal, "swap": swap, "swap_follows": follows}, split.direction * effects[2:]
 
 
-def _flags(
-    rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], settings: FactSettings
-) -> pl.DataFrame:
+def _flags(rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], settings: FactSettings) -> pl.DataFrame:
     """Step 5."""
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
     if nulls:

@@ -115,9 +115,7 @@ def load_labels(folder: str | Path) -> dict[int, str]:
         table = pl.read_parquet(path)
         return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise MediationError(
-            f"The labels in {path} cannot be read: {error}; delete the file to go without."
-        ) from error
+        raise MediationError(f"The labels in {path} cannot be read: {error}; delete the file to go without.") from error
 
 
 def latent_contexts(dictionary: Dictionary, x: Tensor, tokens: Tensor, n: int = 5) -> list[list[int]]:

@@ -85,9 +85,7 @@ def resolve(source: str | Path, gguf_file: str | None, allow_download: bool) -> 
         path, name = _from_hub(source, gguf_file, allow_download), source
     files = ModelFiles(name, path, gguf_file)
     if gguf_file is None and not (path / "config.json").is_file():
-        raise MediationError(
-            f"{path} has no config.json: name a folder made by save_pretrained, or a .gguf file."
-        )
+        raise MediationError(f"{path} has no config.json: name a folder made by save_pretrained, or a .gguf file.")
     if not files.weights or not files.weights[0].is_file():
         raise MediationError(
             f"{path} has no {gguf_file or 'model*.safetensors'}: weights are read from safetensors or GGUF "
@@ -132,9 +130,7 @@ def load_module(files: ModelFiles, device: str, dtype: torch.dtype) -> torch.nn.
     try:
         config = AutoConfig.from_pretrained(files.folder, **options)
     except (ValueError, OSError, KeyError) as error:
-        raise MediationError(
-            f"transformers cannot read the configuration of {files.name}: {reason(error)}."
-        ) from error
+        raise MediationError(f"transformers cannot read the configuration of {files.name}: {reason(error)}.") from error
     if config.model_type not in ARCHITECTURES:
         raise MediationError(
             f"{files.name} is a {config.model_type} model, whose residual stream is not known here: "
@@ -165,17 +161,13 @@ def load_tokenizer(files: ModelFiles, tokenizer: str | Path | None, allow_downlo
         return None
     try:
         loaded = reader.from_pretrained(place, **options)
-    except (
-        Exception
-    ) as error:  # a missing part surfaces as KeyError, TypeError, OSError or what the parser raises
+    except Exception as error:  # a missing part surfaces as KeyError, TypeError, OSError or what the parser raises
         raise MediationError(
             f"no tokenizer can be read from {place if tokenizer else files.name}: pass tokenizer= with the "
             "folder or hub name of one."
         ) from error
     if not loaded.is_fast:
-        raise MediationError(
-            f"the tokenizer of {files.name} gives no character offsets: use a fast tokenizer."
-        )
+        raise MediationError(f"the tokenizer of {files.name} gives no character offsets: use a fast tokenizer.")
     return loaded
 
 

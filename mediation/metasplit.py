@@ -49,9 +49,7 @@ def meta_split(
     return worst
 
 
-def split_nodes(
-    state: SiteState, gradient: torch.Tensor, decomposition: Decomposition
-) -> tuple[LinearSplit, float]:
+def split_nodes(state: SiteState, gradient: torch.Tensor, decomposition: Decomposition) -> tuple[LinearSplit, float]:
     """The split of a state's nodes, and its largest error relative to the node's attribution."""
     used, index = state.latent.unique(return_inverse=True)
     rows = state.dictionary.decoder[used]

@@ -52,9 +52,7 @@ class SiteState:
 
     def subset(self, nodes: Tensor, errors: Tensor) -> SiteState:
         """The same state with only some nodes: `nodes` indexes them, `errors` [B, T] marks error nodes."""
-        chosen = {
-            name: getattr(self, name)[nodes] for name in ("row", "position", "latent", "clean", "baseline")
-        }
+        chosen = {name: getattr(self, name)[nodes] for name in ("row", "position", "latent", "clean", "baseline")}
         return replace(self, free=self.free & errors, **chosen)
 
 
@@ -123,17 +121,13 @@ def site_state(
         difference = torch.where(active, split.latents - f0, 0.0)
         explained[at] = difference @ dictionary.decoder
         token, latent = active.nonzero(as_tuple=True)
-        pieces.append(
-            (part[token, 0], part[token, 1], latent, split.latents[token, latent], f0[token, latent])
-        )
+        pieces.append((part[token, 0], part[token, 1], latent, split.latents[token, latent], f0[token, latent]))
     if pieces:
         row, position, latent, clean, off = (torch.cat(group) for group in zip(*pieces, strict=True))
     else:
         row = position = latent = torch.zeros(0, dtype=torch.long, device=x.device)
         clean = off = torch.zeros(0, device=x.device)
-    return SiteState(
-        dictionary, x, baseline_x, row, position, latent, clean, off, x - baseline_x - explained, free
-    )
+    return SiteState(dictionary, x, baseline_x, row, position, latent, clean, off, x - baseline_x - explained, free)
 
 
 def site_states(

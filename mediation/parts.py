@@ -109,10 +109,7 @@ class Surgeon:
     def effect_of_coalitions(self, masks: Tensor, parts: Tensor) -> Tensor:
         """Effect of taking out the parts each mask names; masks [S, n], parts [n, R, T, d] -> [S]."""
         flat = parts.flatten(1)
-        effects = [
-            self._effect((mask.to(flat) @ flat).view(-1, *parts.shape[1:]))
-            for mask in masks.split(self.chunk)
-        ]
+        effects = [self._effect((mask.to(flat) @ flat).view(-1, *parts.shape[1:])) for mask in masks.split(self.chunk)]
         return torch.cat(effects)
 
     def _effect(self, patches: Tensor) -> Tensor:
@@ -122,9 +119,7 @@ class Surgeon:
         return self.clean - m.view(n, -1).sum(dim=1)
 
 
-def shapley_split(
-    surgeon: Surgeon, pooled: PooledParts, metas: list[int], *, permutations: int, seed: int
-) -> Shapley:
+def shapley_split(surgeon: Surgeon, pooled: PooledParts, metas: list[int], *, permutations: int, seed: int) -> Shapley:
     """Step 4: values of the parts [*metas, other meta-latents, bias, residual], in that order.
 
     They sum to the exact effect of all latents of the site.

@@ -188,15 +188,11 @@ def _examples(
     texts = [_render(prompt, prompt.clean, model)]
     if baseline is Baseline.CORRUPT:
         if prompt.corrupt is None:
-            raise MediationError(
-                f"Row {prompt.row} has no corrupt prompt; add one or use --baseline zero or mean."
-            )
+            raise MediationError(f"Row {prompt.row} has no corrupt prompt; add one or use --baseline zero or mean.")
         texts.append(_render(prompt, prompt.corrupt, model))
     ids = [model.encode(text) for text in texts]
     if not ids[0]:
-        raise MediationError(
-            f"Row {prompt.row}: the clean prompt has no tokens; give text the tokenizer keeps."
-        )
+        raise MediationError(f"Row {prompt.row}: the clean prompt has no tokens; give text the tokenizer keeps.")
     if len(ids[0]) != len(ids[-1]):
         clean, corrupt = ([model.tokenizer.decode([token]) for token in side] for side in ids)
         raise MediationError(
@@ -232,9 +228,7 @@ def _render(prompt: Prompt, text: Text, model: SubjectModel) -> str:
         raise MediationError(f"Row {prompt.row}: {error}") from error
 
 
-def _continuation(
-    prompt: Prompt, name: str, texts: list[str], ids: list[list[int]], model: SubjectModel
-) -> list[int]:
+def _continuation(prompt: Prompt, name: str, texts: list[str], ids: list[list[int]], model: SubjectModel) -> list[int]:
     """Tokens of the answer after the clean prompt; after the corrupt one they must be the same."""
     answer = prompt.answer if name == "answer" else prompt.wrong_answer
     continuations = []
@@ -247,9 +241,7 @@ def _continuation(
             )
         continuations.append(whole[len(prefix) :])
     if not continuations[0]:
-        raise MediationError(
-            f"Row {prompt.row}: {name} {answer!r} has no tokens; give text that the tokenizer keeps."
-        )
+        raise MediationError(f"Row {prompt.row}: {name} {answer!r} has no tokens; give text that the tokenizer keeps.")
     if continuations[0] != continuations[-1]:
         raise MediationError(
             f"Row {prompt.row}: {name} {answer!r} has other tokens after the corrupt prompt than after the "

@@ -64,9 +64,7 @@ def parse_row(row: Any, number: int) -> Prompt:
         if name in fields and (not isinstance(fields[name], str | int) or isinstance(fields[name], bool)):
             raise MediationError(f"Row {number}: {name!r} must be a string; it is {fields[name]!r}.")
     if fields["answer"] == fields["wrong_answer"]:
-        raise MediationError(
-            f"Row {number}: answer and wrong_answer are both {fields['answer']!r}; change one."
-        )
+        raise MediationError(f"Row {number}: answer and wrong_answer are both {fields['answer']!r}; change one.")
     prompt = Prompt(
         id=str(fields.get("id", f"row-{number}")),
         row=number,
@@ -99,9 +97,7 @@ def _check_text(value: Any, name: str, number: int) -> None:
         raise MediationError(f"Row {number}: {name!r} has no messages; write [{{role, content}}, ...].")
     for message in value:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise MediationError(
-                f"Row {number}: {name!r} needs messages {{role, content}}; one is {message!r}."
-            )
+            raise MediationError(f"Row {number}: {name!r} needs messages {{role, content}}; one is {message!r}.")
         _check_string(message["role"], f"{name}.role", number)
         _check_string(message["content"], f"{name}.content", number)
 
@@ -118,9 +114,7 @@ def _parse_roles(roles: Any, number: int) -> dict[str, Span]:
         elif isinstance(span, list | tuple) and len(span) == 2 and all(type(edge) is int for edge in span):
             spans[name] = (span[0], span[1])
         else:
-            raise MediationError(
-                f"Row {number}: role {name!r} must be [start, end] or a substring; it is {span!r}."
-            )
+            raise MediationError(f"Row {number}: role {name!r} must be [start, end] or a substring; it is {span!r}.")
     return spans
 
 

@@ -78,8 +78,7 @@ class Run:
         changed = _differences(run.settings, wanted)
         if changed:
             raise MediationError(
-                f"{run.path} holds a run with other settings ({changed}); use the same to resume it, or "
-                "another folder."
+                f"{run.path} holds a run with other settings ({changed}); use the same to resume it, or another folder."
             )
         run._sweep()
         return run
@@ -89,9 +88,7 @@ class Run:
         """An existing run. MediationError when the folder holds none or its run.json cannot be read."""
         run = cls(Path(path))
         if not (run.path / "run.json").is_file():
-            raise MediationError(
-                f"{path} is not a run: it has no run.json; give the folder that a trace wrote."
-            )
+            raise MediationError(f"{path} is not a run: it has no run.json; give the folder that a trace wrote.")
         _ = run.info
         return run
 
@@ -102,17 +99,9 @@ class Run:
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise MediationError(
-                f"{file} cannot be read ({error}); start the run again in a new folder."
-            ) from error
-        if (
-            not isinstance(info, dict)
-            or info.get("format") != _FORMAT
-            or not isinstance(info.get("settings"), dict)
-        ):
-            raise MediationError(
-                f"{file} is not the run.json of a run ({_FORMAT}); start again in a new folder."
-            )
+            raise MediationError(f"{file} cannot be read ({error}); start the run again in a new folder.") from error
+        if not isinstance(info, dict) or info.get("format") != _FORMAT or not isinstance(info.get("settings"), dict):
+            raise MediationError(f"{file} is not the run.json of a run ({_FORMAT}); start again in a new folder.")
         return info
 
     @property
@@ -158,16 +147,12 @@ class Run:
         """
         files = self._files(kind)
         if not files:
-            raise MediationError(
-                f"The run in {self.path} has no {kind} yet; run the step that writes them first."
-            )
+            raise MediationError(f"The run in {self.path} has no {kind} yet; run the step that writes them first.")
         try:
             return pl.concat([pl.read_parquet(file) for file in files], how="vertical_relaxed")
         except (OSError, pl.exceptions.PolarsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise MediationError(
-                f"The {kind} in {self.path} cannot be read ({reason}); run it again."
-            ) from error
+            raise MediationError(f"The {kind} in {self.path} cannot be read ({reason}); run it again.") from error
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a UTF-8 text file such as graph.json or index.html."""
@@ -282,15 +267,9 @@ def _checked(name: str) -> str:
 
 def _unwritable(file: Path, error: OSError) -> MediationError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MediationError(
-            f"No room on the disk to write {file}; free some and run the same command to resume."
-        )
+        return MediationError(f"No room on the disk to write {file}; free some and run the same command to resume.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return MediationError(
-            f"No permission to write {file}; choose another folder or change its permissions."
-        )
+        return MediationError(f"No permission to write {file}; choose another folder or change its permissions.")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return MediationError(
-            f"{file} cannot be written because a file stands where a folder must be; choose another."
-        )
+        return MediationError(f"{file} cannot be written because a file stands where a folder must be; choose another.")
     return MediationError(f"Cannot write {file} ({error.strerror or error}); choose another folder.")

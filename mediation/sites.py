@@ -28,9 +28,7 @@ class Stream(StrEnum):
 
 _STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_OUT: 2, Stream.RESID_POST: 3}
 _SAELENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
-_MODULE = re.compile(
-    r"(?:[a-z_]\w*\.)*(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?(?:\.(input|output))?"
-)
+_MODULE = re.compile(r"(?:[a-z_]\w*\.)*(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?(?:\.(input|output))?")
 
 
 @dataclass(frozen=True)

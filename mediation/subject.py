@@ -54,9 +54,7 @@ class SubjectModel:
         module: The Hugging Face module inside.
     """
 
-    def __init__(
-        self, module: Any, tokenizer: Any, files: ModelFiles, *, prepend_bos: bool | None = None
-    ) -> None:
+    def __init__(self, module: Any, tokenizer: Any, files: ModelFiles, *, prepend_bos: bool | None = None) -> None:
         config = module.config.get_text_config()
         self.name = files.name
         self.module = module
@@ -81,9 +79,7 @@ class SubjectModel:
             for layer in range(self.n_layers)
             for stream, end in ends.items()
         }
-        self._hooks = {
-            site: self._nnsight.get(path.removesuffix(".input")) for site, path in self._paths.items()
-        }
+        self._hooks = {site: self._nnsight.get(path.removesuffix(".input")) for site, path in self._paths.items()}
 
     @classmethod
     def load(
@@ -284,9 +280,7 @@ class SubjectModel:
         if edit is not None:
             value = edit(value)
             if value.shape != raw.shape:
-                raise MediationError(
-                    f"the edit at {site} returned shape {list(value.shape)}, not {list(raw.shape)}."
-                )
+                raise MediationError(f"the edit at {site} returned shape {list(value.shape)}, not {list(raw.shape)}.")
         if differentiate and not value.requires_grad:
             value = value.detach().requires_grad_()
         if value is not raw:
@@ -300,9 +294,7 @@ class SubjectModel:
     def _check(self, sites: Sequence[Site]) -> None:
         for site in sites:
             if site not in self._hooks:
-                raise MediationError(
-                    f"{self.name} has no site {site}: its layers are 0 to {self.n_layers - 1}."
-                )
+                raise MediationError(f"{self.name} has no site {site}: its layers are 0 to {self.n_layers - 1}.")
 
 
 def _order(site: Site) -> tuple[int, bool]:
@@ -323,9 +315,7 @@ def prove(model: SubjectModel) -> None:
     same = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.clone))
     assert same.logits is not None
     if not torch.equal(same.logits, bare):
-        raise MediationError(
-            f"{model.name} cannot be hooked: writing its own residual stream back changes its logits."
-        )
+        raise MediationError(f"{model.name} cannot be hooked: writing its own residual stream back changes its logits.")
     negated = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.neg))
     rounding = 64 * torch.finfo(next(model.module.parameters()).dtype).eps
     for values, sign in ((same.sites, 1), (negated.sites, -1)):

@@ -52,9 +52,7 @@ def random_dictionary(
     return Dictionary.load(folder)
 
 
-def pairs(
-    n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0
-) -> list[Example]:
+def pairs(n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0) -> list[Example]:
     """Contrast pairs of random tokens: different lengths, one token exchanged, a logit difference at the end."""
     generator = torch.Generator().manual_seed(seed)
     examples = []

@@ -78,9 +78,7 @@ class TestBadInput:
     def test_missing_prompts(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         assert "none.jsonl" in self.trace(capsys, out, str(tmp_path / "none.jsonl"))
 
-    def test_malformed_json_names_its_line(
-        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
-    ) -> None:
+    def test_malformed_json_names_its_line(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         text = "".join(json.dumps(row) + "\n" for row in ROWS[:2]) + "{broken\n"
         assert "3" in self.trace(capsys, out, write(tmp_path, text))
 
@@ -92,15 +90,11 @@ class TestBadInput:
         assert "Row 2" in message
         assert ROWS[0]["clean"].split()[0] in message
 
-    def test_unknown_model_folder(
-        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
-    ) -> None:
+    def test_unknown_model_folder(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         message = self.trace(capsys, out, write(tmp_path, ROWS[:2]), model=str(tmp_path / "no-model"))
         assert "no-model" in message
 
-    def test_dictionary_of_another_width(
-        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
-    ) -> None:
+    def test_dictionary_of_another_width(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         from tests.setups import random_dictionary
 
         random_dictionary(tmp_path / "other", "blocks.1.hook_resid_pre", d_in=24)
@@ -111,15 +105,11 @@ class TestBadInput:
         assert "answer" in self.trace(capsys, out, write(tmp_path, [ROWS[0] | {"answer": ""}]))
         assert "answer" in self.trace(capsys, out, write(tmp_path, [ROWS[0] | {"answer": " "}]))
 
-    def test_empty_set_and_repeated_ids(
-        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
-    ) -> None:
+    def test_empty_set_and_repeated_ids(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         assert "empty" in self.trace(capsys, out, write(tmp_path, ""))
         assert "id" in self.trace(capsys, out, write(tmp_path, [ROWS[0], ROWS[0]]))
 
-    def test_sae_folder_without_weights(
-        self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path
-    ) -> None:
+    def test_sae_folder_without_weights(self, capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path) -> None:
         (tmp_path / "sae").mkdir()
         shutil.copy(next(Path(SAES).glob("*/cfg.json")), tmp_path / "sae")
         message = self.trace(capsys, out, write(tmp_path, ROWS[:2]), saes=str(tmp_path / "sae"))
@@ -154,9 +144,7 @@ class TestBadInput:
         if not Path("/proc").is_dir():
             pytest.skip("needs a /proc")
         prompts = write(tmp_path, ROWS[:2])
-        message = refused(
-            capsys, "trace", prompts, "--model", MODEL, "--saes", SAES, "--out", str(place / "run")
-        )
+        message = refused(capsys, "trace", prompts, "--model", MODEL, "--saes", SAES, "--out", str(place / "run"))
         assert "/proc/nowhere" in message
 
     def test_no_organism(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -190,9 +178,7 @@ def test_demo_prints_one_object_with_everything(demo: tuple[dict, Path, float]) 
         assert {"fact", "expected_fact", "effect", "hidden_share", "p", "q"} <= fact.keys()
         assert fact["q"] <= 0.05
         assert fact["hidden_share"] >= 0.5
-    right = [
-        fact["fact"].split("=")[0] == fact["expected_fact"].split("=")[0] for fact in found["hidden_facts"]
-    ]
+    right = [fact["fact"].split("=")[0] == fact["expected_fact"].split("=")[0] for fact in found["hidden_facts"]]
     assert sum(right) >= 0.8 * len(right)
     assert seconds < 60
     assert found["peak_memory_mb"] < 1500
@@ -214,9 +200,7 @@ def test_inspect_shows_paths_and_flag_can_be_run_again(
     assert again["hidden_facts"] == found["hidden_facts"]
 
 
-def test_a_killed_trace_resumes_to_the_same_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_trace_resumes_to_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = write(tmp_path, ROWS[:12])
     options = [
         "trace",

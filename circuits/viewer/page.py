@@ -112,9 +112,7 @@ def _facts(flags: Sequence[Mapping[str, Any]]) -> str:
         return heading + "<p>No fact was tested in this run: run <code>mediation flag</code> on it.</p>"
     used = dict.fromkeys(key for flag in flags for key in flag if key not in FLAG_TITLES and key != "flagged")
     keys = [key for key in FLAG_TITLES if any(key in flag for flag in flags)] + list(used)
-    scale = max(
-        (abs(value) for flag in flags if (value := _number(flag.get("effect"))) is not None), default=0
-    )
+    scale = max((abs(value) for flag in flags if (value := _number(flag.get("effect"))) is not None), default=0)
     titles = [FLAG_TITLES.get(key, key.replace("_", " ")) for key in keys]
     rows = [[_flag_cell(key, flag, scale) for key in keys] for flag in flags]
     count = sum(bool(flag.get("flagged")) for flag in flags)
@@ -197,11 +195,7 @@ def _nodes(graph: AttributionGraph, numbers: Mapping[str, int]) -> str:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], ids: Sequence[str] = ()) -> str:
     """`rows` are finished <td> elements; a title stands right where the first row's cell does."""
-    classes = (
-        [' class="number"' if cell.startswith('<td class="number"') else "" for cell in rows[0]]
-        if rows
-        else []
-    )
+    classes = [' class="number"' if cell.startswith('<td class="number"') else "" for cell in rows[0]] if rows else []
     classes += [""] * (len(titles) - len(classes))
     head = "".join(f"<th{c}>{escape(t)}</th>" for t, c in zip(titles, classes, strict=True))
     anchors = [f' id="{each}"' for each in ids] or [""] * len(rows)
@@ -219,9 +213,7 @@ def _bar(value: float, low: float | None, high: float | None, scale: float) -> s
     middle = BAR_HIGH / 2
     whisker = ""
     if low is not None and high is not None:
-        whisker = (
-            f'<line class="whisker" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle:g}" y2="{middle:g}"/>'
-        )
+        whisker = f'<line class="whisker" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle:g}" y2="{middle:g}"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{BAR}" height="{BAR_HIGH}" aria-hidden="true">'
         f'<line x1="{BAR / 2:g}" x2="{BAR / 2:g}" y1="0" y2="{BAR_HIGH}"/>'

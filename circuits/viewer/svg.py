@@ -40,9 +40,7 @@ def _rows(layout: Layout, error_share: dict[str, float]) -> list[str]:
             f'<text class="site" x="12" y="{middle - 2:g}">{escape(fit(row.title, MARGIN - 20))}</text>'
         )
         if site in error_share:
-            parts.append(
-                f'<text class="share" x="12" y="{middle + 13:g}">error {percent(error_share[site])}</text>'
-            )
+            parts.append(f'<text class="share" x="12" y="{middle + 13:g}">error {percent(error_share[site])}</text>')
     return parts
 
 
@@ -54,8 +52,7 @@ def _headings(layout: Layout) -> list[str]:
         middle, title = column.start + column.size / 2, escape(fit(column.title, column.size - 8))
         hint = f"<title>{escape(column.title)}</title>"
         parts += [
-            f'<text class="column" x="{middle:g}" y="{y:g}">{hint}{title}</text>'
-            for y in (top - 10, bottom + 12)
+            f'<text class="column" x="{middle:g}" y="{y:g}">{hint}{title}</text>' for y in (top - 10, bottom + 12)
         ]
     return parts
 
@@ -83,9 +80,7 @@ def _edge(
     )
 
 
-def _node(
-    graph: AttributionGraph, layout: Layout, name: str, numbers: dict[str, int], strongest: float
-) -> str:
+def _node(graph: AttributionGraph, layout: Layout, name: str, numbers: dict[str, int], strongest: float) -> str:
     data = graph.digraph.nodes[name]
     x, y = layout.at[name]
     number, label, amount = numbers[name], node_label(data, name), data["attribution"]

@@ -40,9 +40,7 @@ class NodeScores:
         return total + self.error.double().sum(dim=1)
 
 
-def behaviour(
-    model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False
-) -> Tensor:
+def behaviour(model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False) -> Tensor:
     """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten."""
     tokens = batch.corrupt if corrupt else batch.clean
     assert tokens is not None  # tokenize() has refused prompts without a corrupt side
@@ -73,9 +71,7 @@ def contract(state: SiteState, gradient: Tensor) -> NodeScores:
     decoder, delta = state.dictionary.decoder, state.delta
     pieces = [
         delta[part]
-        * torch.einsum(
-            "nd,nd->n", gradient[state.row[part], state.position[part]], decoder[state.latent[part]]
-        )
+        * torch.einsum("nd,nd->n", gradient[state.row[part], state.position[part]], decoder[state.latent[part]])
         for part in torch.arange(len(delta), device=delta.device).split(GATHER_NODES)
     ]
     latents = torch.cat(pieces) if pieces else delta

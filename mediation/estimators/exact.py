@@ -31,9 +31,7 @@ def exact(
         effects = []
         for part in torch.arange(len(rows), device=rows.device).split(settings.chunk) if len(rows) else ():
             patch = _patch(state, part, error_row, error_position)
-            effects.append(
-                clean[rows[part]] - _patched(model, batch, state, rows[part], positions[part], patch)
-            )
+            effects.append(clean[rows[part]] - _patched(model, batch, state, rows[part], positions[part], patch))
         effect = torch.cat(effects) if effects else torch.zeros(0, device=rows.device)
         n = len(state.row)
         error = torch.zeros_like(state.free, dtype=torch.float32)

@@ -39,8 +39,6 @@ def _replace(new: Tensor, _: Tensor) -> Tensor:
     return new
 
 
-def ig(
-    model: SubjectModel, batch: Batch, states: Sequence[SiteState], settings: EstimatorSettings
-) -> list[NodeScores]:
+def ig(model: SubjectModel, batch: Batch, states: Sequence[SiteState], settings: EstimatorSettings) -> list[NodeScores]:
     """Path-averaged attribution of every node; `settings.steps` forwards and backwards per site."""
     return [contract(state, path_gradient(model, batch, state, settings.steps)) for state in states]

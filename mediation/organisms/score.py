@@ -86,9 +86,7 @@ def label_parts(
     tokens = torch.tensor([model.encode(person.name) for person in people])
     where = torch.zeros_like(tokens)
     where[:, LAST_NAME] = 1
-    return enrichment(
-        meta_scores(model, dictionary, decomposition, tokens, where), [person.facts for person in people]
-    )
+    return enrichment(meta_scores(model, dictionary, decomposition, tokens, where), [person.facts for person in people])
 
 
 def score_organism(

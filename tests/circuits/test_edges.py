@@ -85,9 +85,7 @@ def in_float64(module: Any) -> Any:
     for part in module.modules():
         if isinstance(part, LlamaRMSNorm):
 
-            def forward(
-                x: Tensor, weight: Tensor = part.weight, eps: float = part.variance_epsilon
-            ) -> Tensor:
+            def forward(x: Tensor, weight: Tensor = part.weight, eps: float = part.variance_epsilon) -> Tensor:
                 return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
             vars(part)["forward"] = forward
@@ -241,9 +239,7 @@ def test_contribution_is_the_edge_times_the_targets_own_effect(
             pushed[at] += sign * STEP * decoder[targets.latent[k]]
             logits = module.lm_head(module.model.norm(pushed))[-1]
             values.append(float(logits[10] - logits[11]))
-        assert float(targets.gain[k]) == pytest.approx(
-            (values[0] - values[1]) / (2 * STEP), rel=1e-3, abs=1e-5
-        )
+        assert float(targets.gain[k]) == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=1e-3, abs=1e-5)
 
 
 def by_id(block: EdgeBlock) -> dict[tuple[int, str, str], tuple[float, float]]:
@@ -302,9 +298,7 @@ def test_behaviour_edges_are_node_attribution(setting: tuple[SubjectModel, Batch
             down.row.tolist(), down.position.tolist(), down.latent.tolist(), scores.latents, strict=True
         )
     }
-    expected |= {
-        (r, f"{DOWN}/{p}/error", "target"): float(scores.error[r, p]) for r, p in down.free.nonzero().tolist()
-    }
+    expected |= {(r, f"{DOWN}/{p}/error", "target"): float(scores.error[r, p]) for r, p in down.free.nonzero().tolist()}
     found = by_id(block)
     assert found.keys() == expected.keys()
     assert all(found[key][0] == pytest.approx(value, abs=1e-5) for key, value in expected.items())

@@ -23,8 +23,7 @@ def every_path(graph: AttributionGraph) -> dict[tuple[str, ...], float]:
     """What each simple path into the target carries, by the definition."""
     digraph = graph.digraph
     inflow = {
-        node: sum(abs(data["contribution"]) for _, _, data in digraph.in_edges(node, data=True))
-        for node in digraph
+        node: sum(abs(data["contribution"]) for _, _, data in digraph.in_edges(node, data=True)) for node in digraph
     }
     paths: dict[tuple[str, ...], float] = {}
     for start in [node for node in digraph if digraph.in_degree(node) == 0 and node != "target"]:
@@ -164,9 +163,7 @@ def test_refusals() -> None:
         build(nodes, pl.concat([edges, back]))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", "3", '{"graph": {}}', '{"graph": {}, "nodes": [], "edges": []}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"graph": {}}', '{"graph": {}, "nodes": [], "edges": []}'])
 def test_text_that_is_no_graph_is_refused(text: str) -> None:
     with pytest.raises(MediationError):
         AttributionGraph.from_json(text)

@@ -142,9 +142,7 @@ def test_svg_is_xml_and_html_balances_for_any_text(label: str, role: str, title:
     width=st.integers(1, 25),
     positions=st.integers(1, 6),
 )
-def test_boxes_do_not_overlap_and_stand_in_their_bands(
-    seed: int, layers: int, width: int, positions: int
-) -> None:
+def test_boxes_do_not_overlap_and_stand_in_their_bands(seed: int, layers: int, width: int, positions: int) -> None:
     graph = random_graph(seed, layers=layers, width=width, positions=positions, density=0.3)
     layout = lay_out(graph)
     assert set(layout.at) == set(graph.digraph)
@@ -168,9 +166,7 @@ def test_rows_go_by_depth_and_columns_by_position_or_as_told() -> None:
     nodes, edges = random_tables(3, layers=6, positions=3)
     graph = AttributionGraph.from_tables(nodes, edges, meta={"tokens": ["<s>", " Paris", "\n"]})
     layout = lay_out(graph)
-    assert list(layout.rows) == [f"blocks.{2 * k + 1}.hook_resid_pre" for k in reversed(range(6))] + [
-        "embedding"
-    ]
+    assert list(layout.rows) == [f"blocks.{2 * k + 1}.hook_resid_pre" for k in reversed(range(6))] + ["embedding"]
     assert [band.title for band in layout.columns.values()] == ["0  <s>", "1  Paris", "2  ↵"]
     roles = nodes.with_columns(pl.col("position").replace_strict({0: "end", 1: "claim", 2: "rest"}))
     told = AttributionGraph.from_tables(roles, edges, meta={"positions": ["rest", "claim", "end", "unused"]})
@@ -210,9 +206,7 @@ def test_links_lead_to_rows_and_back() -> None:
 
 
 def test_flags_table() -> None:
-    html = render(
-        random_graph(6), title="t", flags=[FLAG, FLAG | {"fact": "other", "flagged": False, "effect": 1.0}]
-    )
+    html = render(random_graph(6), title="t", flags=[FLAG, FLAG | {"fact": "other", "flagged": False, "effect": 1.0}])
     text = re.sub(r"\s+", " ", Page(html).text)
     assert "1 of 2 tested facts are flagged" in text
     assert html.count('class="badge"') == 1
@@ -248,9 +242,7 @@ def test_interval_bars_have_the_right_lengths() -> None:
 def test_a_graph_of_nothing_still_makes_a_page() -> None:
     digraph = nx.DiGraph()
     nodes, edges = random_tables(8)
-    digraph.add_nodes_from(
-        AttributionGraph.from_tables(nodes.clear(), edges.clear()).digraph.nodes(data=True)
-    )
+    digraph.add_nodes_from(AttributionGraph.from_tables(nodes.clear(), edges.clear()).digraph.nodes(data=True))
     html = render(AttributionGraph(digraph), title="empty")
     assert svgs(html)
     assert "No fact was tested" in html

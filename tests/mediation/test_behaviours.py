@@ -44,9 +44,7 @@ def brute_force(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     logp = logits.double().log_softmax(-1)
     return torch.stack(
         [
-            torch.stack(
-                [sign * logp[row, position, token] for position, token, sign in example.targets]
-            ).sum()
+            torch.stack([sign * logp[row, position, token] for position, token, sign in example.targets]).sum()
             for row, example in enumerate(batch.examples)
         ]
     )
@@ -58,10 +56,7 @@ sizes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, ma
 @given(sizes=sizes, seed=st.integers(0, 100))
 def test_score_and_its_gradient_are_those_of_log_softmax(sizes: list[tuple[int, int]], seed: int) -> None:
     batch = random_batch(sizes, seed)
-    full = (
-        torch.randn(len(batch), batch.clean.shape[1], VOCAB, generator=torch.Generator().manual_seed(seed))
-        * 5
-    )
+    full = torch.randn(len(batch), batch.clean.shape[1], VOCAB, generator=torch.Generator().manual_seed(seed)) * 5
     full.requires_grad_()
     kept = keep_positions(batch)
     assert kept.tolist() == sorted({target[0] for example in batch.examples for target in example.targets})
@@ -119,9 +114,7 @@ def token_by_token(model: SubjectModel, prompt: str, answer: str) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("behaviour", Behaviour)
-def test_a_behaviour_is_the_sum_over_its_examples(
-    model: SubjectModel, behaviour: Behaviour, batch_size: int
-) -> None:
+def test_a_behaviour_is_the_sum_over_its_examples(model: SubjectModel, behaviour: Behaviour, batch_size: int) -> None:
     prompts = PromptSet.from_rows(
         [
             {"clean": "w1 w2 w3", "answer": " w4", "wrong_answer": " w5"},

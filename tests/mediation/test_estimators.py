@@ -69,9 +69,7 @@ def test_ig_conserves_the_total_effect_at_a_residual_cut(
     assert torch.allclose(scores.per_row(state).float(), clean - off, rtol=5e-3, atol=2e-3)
 
 
-def test_nodes_and_error_make_up_the_whole_difference(
-    llama: SubjectModel, dictionaries: list[Dictionary]
-) -> None:
+def test_nodes_and_error_make_up_the_whole_difference(llama: SubjectModel, dictionaries: list[Dictionary]) -> None:
     batch = batch_of()
     for state in site_states(llama, batch, dictionaries, Baseline.CORRUPT):
         total = state.error.clone()

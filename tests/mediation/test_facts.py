@@ -155,9 +155,7 @@ class Planted:
         for person in range(16):
             partner = (person + 8) % 16 // 4 * 4 + (person + 1) % 4  # the opposite job, another town
             sign = 1 if person < 8 else -1
-            prompts.append(
-                Prompt(f"p{person}", person + 1, "x", "a", "b", group="q", fact=LABELS[person // 4])
-            )
+            prompts.append(Prompt(f"p{person}", person + 1, "x", "a", "b", group="q", fact=LABELS[person // 4]))
             targets = [(1, 50, sign), (1, 51, -sign)]
             examples.append(Example(len(prompts) - 1, [5, 20 + person], [5, 20 + partner], targets, ["", ""]))
         half = [list(range(0, 16, 2)), list(range(1, 16, 2))]

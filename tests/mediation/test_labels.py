@@ -59,9 +59,7 @@ def test_noise_is_rarely_labelled() -> None:
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_final_norm_scale_is_what_the_norm_does_at_right_angles_to_its_input(
-    tmp_path: Path, kind: str
-) -> None:
+def test_final_norm_scale_is_what_the_norm_does_at_right_angles_to_its_input(tmp_path: Path, kind: str) -> None:
     """Moving x across itself (and across the mean), a norm only scales: finite differences show by how much."""
     model = tiny(tmp_path, kind)
     layer_norm = kind.startswith("gpt")
@@ -70,9 +68,7 @@ def test_final_norm_scale_is_what_the_norm_does_at_right_angles_to_its_input(
         x, step = x - x.mean(), step - step.mean()
     step = step - (step @ x) / (x @ x) * x
     with torch.no_grad():
-        moved = (model.final_norm((x + eps * step)[None]) - model.final_norm((x - eps * step)[None])) / (
-            2 * eps
-        )
+        moved = (model.final_norm((x + eps * step)[None]) - model.final_norm((x - eps * step)[None])) / (2 * eps)
     expected = step * final_norm_scale(model) / x.pow(2).mean().sqrt()
     assert torch.allclose(moved[0], expected, atol=1e-2 * float(expected.abs().max()))
 

@@ -187,9 +187,7 @@ def test_content_hash_follows_the_content_and_not_the_place() -> None:
     fraction=st.floats(0.01, 0.99),
     seed=st.integers(0, 5),
 )
-def test_split_is_a_partition_with_its_share_of_every_group(
-    groups: list[str], fraction: float, seed: int
-) -> None:
+def test_split_is_a_partition_with_its_share_of_every_group(groups: list[str], fraction: float, seed: int) -> None:
     rows = [ROW | {"id": str(k), "clean": f"w{k}", "group": group} for k, group in enumerate(groups)]
     prompts = PromptSet.from_rows(rows)
     discovery, evaluation = prompts.split(fraction, seed)
@@ -287,9 +285,7 @@ def test_pairs_of_unequal_length_show_both_tokenisations(model: SubjectModel) ->
         ({"clean": "  ", "corrupt": None}, None),
     ],
 )
-def test_answers_must_be_tokens_of_their_own(
-    model: SubjectModel, changes: dict[str, Any], said: str | None
-) -> None:
+def test_answers_must_be_tokens_of_their_own(model: SubjectModel, changes: dict[str, Any], said: str | None) -> None:
     if said is None:  # BOS alone is a prompt
         assert tokenize(one(**changes), model, baseline=Baseline.ZERO)[0].clean == [model.bos_id]
         return
@@ -398,9 +394,7 @@ example_lists = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_si
 
 
 @given(examples=example_lists, batch_size=st.integers(1, 5))
-def test_batches_hold_every_example_once_and_padding_nothing(
-    examples: list[Example], batch_size: int
-) -> None:
+def test_batches_hold_every_example_once_and_padding_nothing(examples: list[Example], batch_size: int) -> None:
     seen: list[int] = []
     for batch in batches(examples, batch_size, pad_id=99):
         assert 1 <= len(batch) <= batch_size
@@ -415,9 +409,7 @@ def test_batches_hold_every_example_once_and_padding_nothing(
             assert batch.mask[row].tolist() == [k < len(example) for k in range(batch.mask.shape[1])]
             assert batch.clean[row][batch.mask[row]].tolist() == example.clean
             assert batch.corrupt[row][batch.mask[row]].tolist() == example.corrupt
-            read = zip(
-                batch.target_positions[row], batch.target_tokens[row], batch.target_signs[row], strict=True
-            )
+            read = zip(batch.target_positions[row], batch.target_tokens[row], batch.target_signs[row], strict=True)
             targets = [(int(p), int(t), int(s)) for p, t, s in read]
             assert targets[:n_targets] == example.targets
             assert all(sign == 0 for _, _, sign in targets[n_targets:])

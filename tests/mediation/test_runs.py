@@ -139,9 +139,7 @@ frames = st.lists(
     }
 )
 @given(
-    shards=st.dictionaries(
-        st.from_regex(r"[a-z0-9][a-z0-9._\-]{0,8}", fullmatch=True), frames, min_size=1, max_size=4
-    )
+    shards=st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9._\-]{0,8}", fullmatch=True), frames, min_size=1, max_size=4)
 )
 def test_shards_come_back_in_the_order_of_their_names(shards: dict[str, pl.DataFrame]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -267,9 +265,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert "n" not in run.info
 
 
-def test_a_writer_interrupted_in_the_middle_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_interrupted_in_the_middle_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.create(tmp_path, SETTINGS)
 
     def interrupt(*_: Any) -> NoReturn:

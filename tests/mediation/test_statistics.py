@@ -26,9 +26,7 @@ from mediation.statistics import (
 def test_bootstrap_agrees_with_scipy() -> None:
     values = np.random.default_rng(0).exponential(size=40)
     ours = bootstrap_interval(values, n=20_000)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, method="percentile", rng=1
-    ).confidence_interval
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
     assert ours[0] == pytest.approx(theirs.low, abs=0.01)
     assert ours[1] == pytest.approx(theirs.high, abs=0.01)
 
@@ -96,8 +94,7 @@ def test_max_statistic_p_is_the_brute_force_count_and_no_smaller_than_each_test(
 def test_max_statistic_bounds_the_family_wise_error() -> None:
     generator = np.random.default_rng(4)
     false_claims = [
-        max_statistic_p(generator.normal(size=10), generator.normal(size=(39, 10))).min() <= 0.05
-        for _ in range(1500)
+        max_statistic_p(generator.normal(size=10), generator.normal(size=(39, 10))).min() <= 0.05 for _ in range(1500)
     ]
     assert np.mean(false_claims) == pytest.approx(0.05, abs=0.02)
 

@@ -89,9 +89,7 @@ def test_sites_are_what_transformers_reports(tiny: Callable[[str], SubjectModel]
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("stream", Stream)
-def test_an_edit_changes_what_it_should(
-    tiny: Callable[[str], SubjectModel], kind: str, stream: Stream
-) -> None:
+def test_an_edit_changes_what_it_should(tiny: Callable[[str], SubjectModel], kind: str, stream: Stream) -> None:
     """A vector added at a site of layer 1 arrives whole in the residual stream, and nowhere before it."""
     model, site = tiny(kind), Site(1, stream)
     plain = model.forward(TOKENS, read=ALL_SITES)
@@ -140,9 +138,7 @@ def test_wrong_module_names_do_not_pass_the_proof(tmp_path: Path, monkeypatch: p
         refuses("cannot be hooked", lambda: SubjectModel.load(folder, device="cpu"))
 
 
-def test_a_write_without_effect_does_not_pass_the_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_without_effect_does_not_pass_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
     visit, deaf_site = SubjectModel._visit, Site(1, Stream.MLP_OUT)
 
@@ -172,8 +168,7 @@ def test_stopping_early_reads_the_same(tiny: Callable[[str], SubjectModel], kind
 def test_stopping_early_skips_the_rest_of_the_model(llama: SubjectModel) -> None:
     ran: list[int] = []
     hooks = [
-        block.register_forward_hook(lambda *_, i=i: ran.append(i))
-        for i, block in enumerate(llama.module.model.layers)
+        block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(llama.module.model.layers)
     ]
     late = Site(2, Stream.MLP_OUT)
     llama.forward(TOKENS, read=[Site(1, Stream.RESID_PRE)], edit={late: torch.zeros_like}, logits=False)
@@ -199,9 +194,7 @@ def test_padding_and_batch_size_change_nothing(
         alone = model.forward(row[None], read=[site])
         assert alone.logits is not None
         torch.testing.assert_close(batch.logits[i, : len(row)], alone.logits[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            batch.sites[site][i, : len(row)], alone.sites[site][0], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(batch.sites[site][i, : len(row)], alone.sites[site][0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_mask_reaches_the_model(llama: SubjectModel) -> None:
