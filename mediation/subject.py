@@ -64,7 +64,7 @@ class SubjectModel:
         self.n_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.bos_id: int | None = config.bos_token_id if tokenizer is None else tokenizer.bos_token_id
-        self.prepend_bos = self._tokenizer_adds_bos() if prepend_bos is None else prepend_bos
+        self.prepend_bos = self.tokenizer_adds_bos() if prepend_bos is None else prepend_bos
         self._files = files
         self._nnsight = NNsight(module)
         names = ARCHITECTURES[self.architecture]
@@ -116,6 +116,15 @@ class SubjectModel:
             raise MediationError(f"{model.name} has no BOS token to prepend: leave prepend_bos unset.")
         prove(model)
         return model
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights as safetensors, and the tokenizer; a GGUF file is de-quantised once and opens faster then."""
+        config = self.module.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights in memory are plain ones
+        self.module.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:

@@ -11,8 +11,8 @@ from sae_lens import SAE
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.sites import Site
-from mediation.training.activations import collect_activations, shuffled_batches, windows
-from mediation.training.saes import train_sae
+from mediation.training.activations import collect_activations, shuffled_batches, token_windows, windows
+from mediation.training.saes import SAESettings, train_sae
 from tests.setups import tiny
 
 SITE = Site.parse("blocks.1.hook_resid_pre")
@@ -26,15 +26,15 @@ def planted(n: int = 4096, atoms: int = 24, d: int = 32, on: int = 2) -> tuple[t
     return codes @ directions + 3.0, directions
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
 def test_a_trained_sae_finds_planted_directions_and_loads(tmp_path: Path, architecture: str) -> None:
     x, directions = planted()
     seen = []
     folder = train_sae(
-        shuffled_batches(x, 256), tmp_path / "saes" / "one", site=SITE, model_name="tiny", d_sae=48, k=2, steps=600,
-        lr=3e-3, architecture=architecture, seed=1, progress=lambda done, of: seen.append((done, of)),
+        shuffled_batches(x, 256), tmp_path / "saes" / "one", SAESettings(48, 2, 600, architecture, lr=3e-3, seed=1),
+        site=SITE, model_name="tiny", progress=lambda done, of: seen.append((done, of)),
     )  # fmt: skip
-    assert seen[-1][1] == 600
+    assert seen[-1] == (600, 600)
     assert SAE.load_from_disk(folder).cfg.metadata.hook_name == SITE.name
     dictionary = Dictionary.load(folder)
     assert (dictionary.site, dictionary.model_name, dictionary.d_sae) == (SITE, "tiny", 48)
@@ -49,7 +49,7 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     loaded = []
     for name in ("a", "b"):
         folder = train_sae(
-            shuffled_batches(x, 64), tmp_path / name, site=SITE, model_name="tiny", d_sae=48, k=2, steps=20
+            shuffled_batches(x, 64), tmp_path / name, SAESettings(48, 2, 20), site=SITE, model_name="tiny"
         )
         loaded.append(Dictionary.load(folder))
     assert torch.equal(loaded[0].decoder, loaded[1].decoder)
@@ -57,20 +57,19 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
 
 def test_rows_begin_where_they_are_told(tmp_path: Path) -> None:
     x, _ = planted(512)
-    options = {"site": SITE, "model_name": "tiny", "d_sae": 48, "k": 2, "steps": 1, "lr": 1e-8}
-    folder = train_sae(iter([x]), tmp_path / "a", start=x[:48], **options)
+    settings, names = SAESettings(48, k=2, steps=1, lr=1e-8), {"site": SITE, "model_name": "tiny"}
+    folder = train_sae(iter([x]), tmp_path / "a", settings, start=x[:48], **names)
     expected = torch.nn.functional.normalize(x[:48] - x.mean(0), dim=1)
     assert torch.allclose(Dictionary.load(folder).decoder, expected, atol=1e-4)
     with pytest.raises(MediationError, match="give one per latent"):
-        train_sae(iter([x]), tmp_path / "b", start=x[:47], **options)
+        train_sae(iter([x]), tmp_path / "b", settings, start=x[:47], **names)
 
 
-def test_unknown_architecture(tmp_path: Path) -> None:
-    with pytest.raises(MediationError, match="topk or batchtopk"):
-        train_sae(
-            iter([torch.ones(4, 8)]), tmp_path / "x", site=SITE, model_name="m", d_sae=4, k=1, steps=1,
-            architecture="dense",
-        )  # fmt: skip
+def test_impossible_settings() -> None:
+    with pytest.raises(MediationError, match="batchtopk, matryoshka, topk"):
+        SAESettings(4, 1, 1, architecture="dense")
+    with pytest.raises(MediationError, match="smaller k"):
+        SAESettings(4, 5, 1)
 
 
 def test_activations_are_the_models_without_the_first_token(tmp_path: Path) -> None:
@@ -93,4 +92,4 @@ def test_windows_cut_and_join_texts(tmp_path: Path) -> None:
 
 def test_no_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MediationError, match="no text"):
-        collect_activations(tiny(tmp_path), [], [SITE], n_tokens=4)
+        token_windows(["w1 w2"], tiny(tmp_path), 8, 4)
