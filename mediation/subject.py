@@ -64,7 +64,7 @@ class SubjectModel:
         self.n_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.bos_id: int | None = config.bos_token_id if tokenizer is None else tokenizer.bos_token_id
-        self.prepend_bos = self.tokenizer_adds_bos() if prepend_bos is None else prepend_bos
+        self.prepend_bos = self._tokenizer_adds_bos() if prepend_bos is None else prepend_bos
         self._files = files
         self._nnsight = NNsight(module)
         names = ARCHITECTURES[self.architecture]
