@@ -121,7 +121,8 @@ class SubjectModel:
         """Write weights as safetensors, and the tokenizer; a GGUF file is de-quantised once and opens faster then."""
         config = self.module.config
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights in memory are plain ones
+            del config.quantization_config  # the weights in memory are plain ones, and transformers should know
+            self.module.hf_quantizer = None
         self.module.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
