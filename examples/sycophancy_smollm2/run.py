@@ -39,6 +39,7 @@ from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import Activations, collect_activations, token_windows
+from mediation.training.commands import held_out_figures
 from mediation.training.several import Plan, train_saes
 from mediation.training.text import documents_of, held_out, kept
 
@@ -112,7 +113,7 @@ def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[
         train_saes(model, corpus(model, kept(documents), places, TOKENS), plan, saes, show)
     unseen = corpus(model, held_out(documents), places, HELD_OUT_TOKENS)
     held = collect_activations(model, unseen.tolist(), SITES, n_tokens=HELD_OUT_TOKENS)
-    figures = {site.name: quality(Dictionary.load(saes / site.name), held.x[site].float()) for site in SITES}
+    figures = {site.name: held_out_figures(Dictionary.load(saes / site.name), held.x[site]) for site in SITES}
     figures["meta"] = train_meta(saes / META_SITE.name, meta, held, SubjectModel.load(cache / MODEL))
     (cache / "training.json").write_text(json.dumps(figures), encoding="utf-8")
     return figures
@@ -142,16 +143,6 @@ def filled(places: list[dict[str, str]], model: SubjectModel) -> Iterator[str]:
             other = rng.choice(TEMPLATES).format(**rng.choice(places))
             messages = [{"role": "user", "content": other}, {"role": "assistant", "content": sentence}]
             yield model.chat(messages, add_generation_prompt=False)
-
-
-def quality(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
-    """Variance explained and L0 on held-out text."""
-    split = dictionary.split(x)
-    spread = (x - x.mean(dim=0)).square().sum()
-    return {
-        "variance_explained": float(1 - split.error.square().sum() / spread),
-        "l0": float((split.latents != 0).sum(dim=1).float().mean()),
-    }
 
 
 def train_meta(sae: Path, folder: Path, activations: Activations, model: SubjectModel) -> dict[str, float]:
