@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,12 +45,17 @@ class Pattern:
         shape = (len(self.crow) - 1, self.d_sae)
         return torch.sparse_csr_tensor(self.crow, self.latent, values, shape, check_invariants=False)
 
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of the pairs by latent, their rows in it, and where each latent's begin: two gradients need it."""
+        order = self.latent.argsort(stable=True)
+        return order, self.row[order], _offsets(self.latent, self.d_sae)
+
     def transposed(self, values: Tensor) -> Tensor:
         """[d_sae, rows] with these values."""
-        order = self.latent.argsort(stable=True)
+        order, row, crow = self._by_latent
         shape = (self.d_sae, len(self.crow) - 1)
-        crow = _offsets(self.latent, self.d_sae)
-        return torch.sparse_csr_tensor(crow, self.row[order], values[order], shape, check_invariants=False)
+        return torch.sparse_csr_tensor(crow, row, values[order], shape, check_invariants=False)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """left[row] . right[:, latent] for every pair; left [rows, d], right [d, d_sae]."""
