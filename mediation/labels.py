@@ -5,7 +5,9 @@
    {"profession": "baker"}; a meta-latent's score on a text is sum_i f_i z_ij over one role's tokens.
 2. For every attribute=value, the Mann-Whitney statistic of the score on texts with the tag against all
    others, as a z-score corrected for ties. The label is the tag with the largest z, kept when its p-value
-   survives Holm's correction over all tags of that meta-latent.
+   survives Holm's correction over all tags of that meta-latent, and when the score tells such texts from others
+   (area under the ROC curve at least `LEAST_SCORE`): among many texts a meta-latent that fires on three of
+   them by chance is "significant" and names nothing.
 
 *Logit lens* (nostalgebraist 2020): the tokens whose logit the direction raises most, with the final
 norm's scale folded and the unembedding centred, so that no token wins by a common mean.
@@ -31,6 +33,7 @@ from mediation.errors import MediationError
 from mediation.metalatents import Decomposition
 from mediation.subject import SubjectModel
 
+LEAST_SCORE = 0.75  # a name that holds for half of the texts it names scores this
 LABELS_FILE = "labels.parquet"  # beside the weights of the dictionary or meta-dictionary it describes
 
 
@@ -75,7 +78,7 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
     p = np.minimum(stats.norm.sf(z[best, columns]) * len(names), 1.0)
     auc = u[best, columns] / np.maximum(inside * outside, 1)[best, 0]
     table = pl.DataFrame({"meta": columns, "label": [names[k] for k in best], "score": auc, "p": p})
-    return table.filter(pl.col("p") <= alpha)
+    return table.filter((pl.col("p") <= alpha) & (pl.col("score") >= LEAST_SCORE))
 
 
 def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:

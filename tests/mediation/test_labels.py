@@ -51,6 +51,17 @@ def test_enrichment_statistic_is_scipys() -> None:
     assert table["score"][0] == pytest.approx(expected.statistic / inside.sum() / (~inside).sum())
 
 
+def test_a_meta_latent_of_three_texts_among_a_thousand_has_no_name() -> None:
+    """It fires on three of a hundred bakers and on nobody else: significant by rank, and no name for bakers."""
+    tags = [{"job": f"j{i % 10}"} for i in range(1000)]
+    scores = torch.zeros(1000, 2)
+    scores[[0, 10, 20], 0] = 1.0
+    scores[torch.arange(0, 1000, 20), 1] = 1.0  # half of j0: a name
+    table = enrichment(scores, tags)
+    assert table["meta"].to_list() == [1]
+    assert table["score"][0] == pytest.approx(0.75)
+
+
 def test_noise_is_rarely_labelled() -> None:
     """At most alpha of meta-latents that know nothing get a label (Bonferroni over tags)."""
     _, tags = planted()
