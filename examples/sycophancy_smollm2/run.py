@@ -236,7 +236,7 @@ def study(cache: Path, run: Path, prompts: Path) -> dict[str, object]:
     """Step 4: trace, flag and inspect one prompt set; tables go to the terminal, figures come back."""
     source = commands.Source(str(cache / MODEL), (str(cache / "saes"),), str(prompts))
     traced = commands.trace_command(source, {"steps": 12, "sample": 48, "top": 12}, run, quiet=False)
-    flags = commands.flag_command(run, cache / "meta", {"controls": 99, "parts": 4}, quiet=False)
+    flags = commands.flag_command(run, cache / "meta", {"controls": 39, "parts": 3}, quiet=False)
     commands.inspect_command(run, 8, quiet=False)
     kept = (
         "total_effect",
