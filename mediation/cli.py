@@ -99,6 +99,34 @@ def flag(
     _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
 
 
+@app.command(
+    epilog="Example: mediation label packs/layer-15 --model smollm2 --text books.txt --meta packs/layer-15-meta"
+)
+def label(
+    dictionaries: Annotated[list[str], typer.Argument(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID.")],
+    model: Annotated[str | None, typer.Option(help="Model the SAEs were trained on; as for trace.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to label from; repeat.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens read: half to label from, half to score on.")] = 200_000,
+    meta: Annotated[Path | None, typer.Option(help="Meta-SAE of one of the SAEs, to be labelled too.")] = None,
+    explanations: Annotated[
+        Path | None, typer.Option("--import", help="Neuronpedia's explanations or delphi's results instead.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What latents mean: contexts and names scored on held-out text, or imported explanations; kept with the SAE."""
+    from mediation import commands
+
+    if (explanations is None) == (model is None or not text):
+        raise MediationError("Labels come from --model and --text together, or from --import; give one of the two.")
+    source = commands.Source(model or "", tuple(dictionaries), "", device, allow_download)
+    if explanations is not None:
+        _finish(commands.import_command(source, explanations, quiet=as_json), as_json)
+    else:
+        _finish(commands.label_command(source, text or [], tokens, meta, quiet=as_json), as_json)
+
+
 @app.command(epilog="Example: mediation organism --seed 7 --out organisms/7 --family shaped")
 def organism(
     out: Annotated[Path, typer.Option(help="Folder to make; must not hold anything yet.")],

@@ -22,11 +22,14 @@ from circuits.graph import AttributionGraph
 from circuits.viewer.page import render
 from mediation import report
 from mediation.behaviours import Behaviour
+from mediation.contexts import Reader
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
+from mediation.explanations import import_explanations
 from mediation.facts import FactSettings, find_hidden_facts
-from mediation.labels import load_labels
+from mediation.labelling import label_readers, label_seconds
+from mediation.labels import load_labels, update_labels
 from mediation.metalatents import MetaDictionary
 from mediation.metasplit import meta_split
 from mediation.nodes import mean_state
@@ -119,21 +122,22 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
         trace(model, dictionaries, prepared, run, settings, progress=tick)
     with _bar("edges", quiet) as tick:
         build_graph(model, dictionaries, prepared, run, settings, progress=tick)
-    result = _trace_result(run, settings)
+    result = _trace_result(run, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
     if not quiet:
         report.trace(result, model)
     return result
 
 
-def _trace_result(run: Run, settings: TraceSettings) -> dict[str, Any]:
+def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int, str]]) -> dict[str, Any]:
     info = run.info
     table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    rows = table.drop("rank").to_dicts()
     return {
         "run": str(run.path),
         "total_effect": set_effect(run, seed=settings.seed),
         **info["trust"],
         "fidelity": info["fidelity"],
-        "top_latents": table.drop("rank").to_dicts(),
+        "top_latents": [row | {"label": labels[row["site"]].get(row["latent"])} for row in rows],
         "effects": info["effects"],
         "seconds": sum(info["timings"].values()),
         "peak_memory_mb": info["peak_memory_mb"],
@@ -246,6 +250,55 @@ def page_flags(table: pl.DataFrame) -> list[dict[str, Any]]:
     return tested.select(pl.col("label").alias("fact"), "expected", *columns).to_dicts()
 
 
+def label_command(
+    source: Source, texts: list[Path], n_tokens: int, meta: Path | None, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation label`: label the latents of dictionaries, and of one meta-dictionary, from text."""
+    model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, str(model.device))
+    decomposition = None if meta is None else MetaDictionary.load(meta, device=str(model.device))
+    base = None if decomposition is None or meta is None else _base_dictionary(dictionaries, decomposition, meta)
+    readers = [Reader(each, decomposition if each is base else None) for each in dictionaries]
+    seconds = label_seconds(model, readers, texts, n_tokens)
+    if not quiet:
+        report.label_opening(dictionaries, n_tokens, seconds)
+    with _bar("tokens", quiet) as tick:
+        tables = label_readers(model, readers, texts, n_tokens=n_tokens, progress=tick)
+    found = []
+    for dictionary, (latents, metas) in zip(dictionaries, tables, strict=True):
+        found.append(_saved_labels(dictionary.folder, latents))
+        if metas is not None:
+            found.append(_saved_labels(meta, metas))
+    if not quiet:
+        report.labels(found)
+    return {"labels": found}
+
+
+def import_command(source: Source, explanations: Path, *, quiet: bool) -> dict[str, Any]:
+    """`mediation label --import`: take other people's explanations as labels."""
+    dictionaries = load_dictionaries(source, "cpu")
+    imported = [(each.folder, import_explanations(explanations, each)) for each in dictionaries]
+    found = [_saved_labels(*each) for each in imported]
+    if not quiet:
+        report.labels(found)
+    return {"labels": found}
+
+
+def _saved_labels(folder: Path | None, new: pl.DataFrame) -> dict[str, Any]:
+    """Save, and say what there is: counts, and the labels with the best scores."""
+    assert folder is not None
+    table = update_labels(folder, new)
+    scored = table.drop_nulls("score").sort("score", descending=True, maintain_order=True)
+    return {
+        "folder": str(folder),
+        "latents": len(table),
+        "labelled": len(table.drop_nulls("label")),
+        "scored": len(scored),
+        "median_score": scored["score"].median(),
+        "best": scored.head(report.SHOWN).select("index", "label", "score").to_dicts(),
+    }
+
+
 def organism_command(seed: int, out: Path, family: str, *, quiet: bool) -> dict[str, Any]:
     """`mediation organism`: make one; see mediation.organisms."""
     from mediation.organisms.train import make_organism
@@ -307,7 +360,7 @@ def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path:
     for dictionary in dictionaries:
         if meta.base_hash == dictionary.content_hash:
             return dictionary
-    raise MediationError(f"{path} was not trained on any of the run's dictionaries; give the meta-SAE of one of them.")
+    raise MediationError(f"{path} was not trained on any of the dictionaries; give the meta-SAE of one of them.")
 
 
 @contextmanager
