@@ -21,6 +21,7 @@ from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
 from circuits.viewer.page import render
 from mediation import report
+from mediation.absorption import measure_absorption, read_words
 from mediation.behaviours import Behaviour
 from mediation.contexts import Reader
 from mediation.dictionaries import Dictionary
@@ -34,6 +35,7 @@ from mediation.metalatents import MetaDictionary
 from mediation.metasplit import meta_split
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
+from mediation.quality import geometry, meta_against_null, meta_beside, text_quality, with_published
 from mediation.runs import Run, peak_memory_mb
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, estimate, prepare, set_effect, top_latents, trace
@@ -248,6 +250,60 @@ def page_flags(table: pl.DataFrame) -> list[dict[str, Any]]:
     tested = table.filter(pl.col("p").is_not_null()).sort("q", -pl.col("removal").abs())
     columns = ["group", "prompt", "removal", "hidden_share", "swap", "swap_follows", "p", "q", "flagged"]
     return tested.select(pl.col("label").alias("fact"), "expected", *columns).to_dicts()
+
+
+def quality_command(
+    source: Source, texts: list[Path], n_tokens: int, words: Path | None, meta: Path | None, seed: int, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation inspect --dictionary`: what a dictionary is worth; without a model, what its weights say."""
+    model = None
+    if source.model:
+        model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, source.device or "cpu" if model is None else str(model.device))
+    if len(dictionaries) > 1:
+        raise MediationError(f"{source.saes[0]} holds {len(dictionaries)} dictionaries; give one of its folders.")
+    (dictionary,) = dictionaries
+    if model is not None:
+        dictionary.check(model)
+    figures: dict[str, float | None] = {}
+    notes: list[str] = []
+    alive = dictionary.decoder.any(1)
+    if model is not None and texts:
+        with _bar("tokens", quiet) as tick:
+            found = text_quality(model, dictionary, texts, n_tokens, progress=tick)
+        figures |= found.figures
+        alive = alive & (found.density > 0).to(alive.device)
+        notes.append(f"Fidelity on {found.tokens['fidelity']} tokens, dead and dense on {found.tokens['use']}.")
+    else:
+        notes.append("Fidelity, dead and dense latents need --model and --text.")
+    figures |= asdict(geometry(dictionary))
+    absorbed = None
+    if model is not None and words is not None:
+        with _bar("words", quiet) as tick:
+            absorbed = measure_absorption(model, dictionary, read_words(words), seed=seed, progress=tick)
+        figures["absorption_fraction"] = absorbed.fraction
+        notes += [f"No absorption figure: {absorbed.reason}."] if absorbed.reason else []
+    else:
+        notes.append("Absorption needs --model and --spelling.")
+    if (meta := meta or meta_beside(dictionary)) is not None:
+        decomposition = MetaDictionary.load(meta, device=str(dictionary.decoder.device))
+        decomposition.check(dictionary)
+        figures |= meta_against_null(decomposition, dictionary.decoder[alive], seed=seed)
+    else:
+        notes.append("There is no meta-SAE beside the dictionary; name one with --meta.")
+    result = {
+        "dictionary": dictionary.name,
+        "site": dictionary.site.name,
+        "architecture": dictionary.architecture,
+        "latents": dictionary.d_sae,
+        "figures": with_published(figures),
+        "probe_f1": absorbed.probe_f1 if absorbed else {},
+        "meta": None if meta is None else str(meta),
+        "notes": notes,
+    }
+    if not quiet:
+        report.quality(result)
+    return result
 
 
 def label_command(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from mediation.contexts import EDGES, Context, Reader, Statistics, blocks, read_half
+from mediation.contexts import EDGES, WINDOW, Context, Reader, Statistics, blocks, text_windows
 from mediation.errors import MediationError
 from mediation.labels import OWN, logit_effects
 from mediation.names import Name, Trial, find_name, plain_words
 from mediation.subject import SubjectModel
-from mediation.training.activations import windows
 
-WINDOW = 128  # tokens read at a time
 CONTEXTS, STORED = 20, 5  # strongest contexts that a name is made from, and those kept in the file
 TOKENS = 8  # promoted, and suppressed, that the file lists
 MEMBERS = 10  # of a meta-latent
@@ -53,7 +51,7 @@ def label_readers(
     half = n_tokens // 2
     statistics = [Statistics(reader.width, model.vocab_size, CONTEXTS) for reader in readers]
     for block in blocks(
-        model, _halves(model, texts, 0), readers, n_tokens=half, progress=lambda done: progress(done, n_tokens)
+        model, text_windows(model, texts, 0), readers, n_tokens=half, progress=lambda done: progress(done, n_tokens)
     ):
         statistics[block.reader].add(block)
     effects, names = [], []
@@ -66,7 +64,11 @@ def label_readers(
         names.append([find_name(seen.contexts(i), words, frequency, up) for i, up in enumerate(effects[-1][0])])
     trials = [Trial(each, words) for each in names]
     for block in blocks(
-        model, _halves(model, texts, 1), readers, n_tokens=half, progress=lambda done: progress(half + done, n_tokens)
+        model,
+        text_windows(model, texts, 1),
+        readers,
+        n_tokens=half,
+        progress=lambda done: progress(half + done, n_tokens),
     ):
         trials[block.reader].add(block)
     found = []
@@ -80,16 +82,11 @@ def label_readers(
 
 def label_seconds(model: SubjectModel, readers: Sequence[Reader], texts: Sequence[Path], n_tokens: int) -> float:
     """What `label_readers` will take, from four windows."""
-    few = list(islice(_halves(model, texts, 0), 4))
+    few = list(islice(text_windows(model, texts, 0), 4))
     start = time.perf_counter()
     for _ in blocks(model, few, readers, n_tokens=4 * WINDOW):
         pass
     return (time.perf_counter() - start) * n_tokens / max(sum(map(len, few)), 1)
-
-
-def _halves(model: SubjectModel, texts: Sequence[Path], half: int) -> Iterator[list[int]]:
-    longest = model.module.config.get_text_config().max_position_embeddings
-    return windows(read_half(texts, half), model, min(WINDOW, longest))
 
 
 def _frequency(vocabulary: Tensor, words: Sequence[str]) -> Counter[str]:

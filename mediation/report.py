@@ -145,6 +145,21 @@ def flags(result: dict[str, Any]) -> None:
         )
 
 
+def quality(result: dict[str, Any]) -> None:
+    """A dictionary's figures beside published ones."""
+    table = _table("Quality", "figure", "#here", "published", "source")
+    for name, row in result["figures"].items():
+        shown = _number(row["value"], 3)
+        table.add_row(name.replace("_", " "), shown, row["published"] or "-", row["source"] or "-")
+    console.print(
+        f"[bold]{escape(result['dictionary'])}[/bold] at {result['site']}: {result['latents']} latents, "
+        f"{result['architecture']}."
+    )
+    console.print(table)
+    for note in result["notes"]:
+        console.print(escape(note))
+
+
 def label_opening(dictionaries: Sequence[Dictionary], n_tokens: int, seconds: float) -> None:
     """What is about to be labelled, and how long it will take."""
     sites = ", ".join(f"{d.site.name} ({d.d_sae} latents)" for d in dictionaries)
