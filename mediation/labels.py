@@ -158,8 +158,8 @@ def update_labels(folder: str | Path, table: pl.DataFrame) -> pl.DataFrame:
     """
     old = read_labels(folder)
     if old is not None:
-        if "source" not in old.columns:
-            old = old.with_columns(source=pl.lit("enrichment"))
+        given = {"source": pl.lit("enrichment"), "score": pl.lit(None, dtype=pl.Float64)}
+        old = old.with_columns(**{name: value for name, value in given.items() if name not in old.columns})
         table = _joined(old, table.with_columns(pl.col("index").cast(old.schema["index"])))
     save_labels(folder, table)
     return table

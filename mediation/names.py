@@ -2,9 +2,10 @@
 
 1. A name says where a token has to stand for the latent to be on: it is the token itself, the token before, one of
    the ten before, or the one after. Words are compared without case and surrounding space.
-2. From the strongest contexts, for each of those places: take words greedily, each adding the most to the share of
-   contexts covered, less the share of all tokens on which it would fire by chance. A word must cover two contexts that
-   no other has. The place with the largest difference, an estimate of hit rate less false-alarm rate, gives the name.
+2. For each of those places, words are taken greedily from the strongest contexts, each adding the most to the share of
+   contexts covered, less the share of all tokens on which it would fire by chance. The place is the one whose words,
+   taken from every other context, do best on the rest: ten tokens before a peak always share something by chance. Its
+   words are then taken from all contexts, and each must cover two that no word before it covers.
 3. Contexts that share no word leave what the latent promotes: it is on before the tokens its direction raises most.
 4. The score, on held-out text: area under the ROC curve of "one of the words stands there" against "the latent is on".
    With a prediction of yes or no it is (1 + hit rate - false-alarm rate) / 2. A half is chance.
@@ -24,7 +25,7 @@ from mediation.contexts import Block, Context
 
 WORDS = 5  # in a name at most
 SHARED = 2  # contexts that a word must cover
-FLOOR = 0.3  # of hit rate less false-alarm rate, below which contexts are said to share nothing
+FLOOR = 0.2  # of hit rate less false-alarm rate, up to which contexts are said to share nothing
 FEW = 5  # held-out activations below which a name has no score
 
 
@@ -59,9 +60,13 @@ class Name:
 
 
 def plain_words(decode: Callable[[list[int]], str], vocabulary: int) -> list[str]:
-    """What each token id reads as in names: lower case, no space around; white space itself as Python writes it."""
-    found = [decode([token]) for token in range(vocabulary)]
-    return [text.strip().lower() or repr(text)[1:-1] for text in found]
+    """What each token id reads as in names."""
+    return [plain(decode([token])) for token in range(vocabulary)]
+
+
+def plain(text: str) -> str:
+    """A token's text in lower case and without space around; white space itself is made visible."""
+    return text.strip().lower() or repr(text)[1:-1].replace(" ", "␣")
 
 
 def find_name(
@@ -79,11 +84,11 @@ def find_name(
         offsets = OFFSETS[place]
         sets = [_around(context, offsets, words) for context in contexts]
         chance = {word: 1 - (1 - frequency[word] / total) ** len(offsets) for word in set().union(*sets)}
-        name, gain = _greedy(sets, chance)
-        if gain > best_gain:
-            best, best_gain = Name(place, name), gain
+        gain = (_gain(sets[::2], sets[1::2], chance) + _gain(sets[1::2], sets[::2], chance)) / 2
+        if gain > best_gain and (chosen := _greedy(sets, chance, SHARED)):
+            best, best_gain = Name(place, chosen), gain
     if best is None and promoted:
-        kept = dict.fromkeys(token.strip().lower() or repr(token)[1:-1] for token in promoted)
+        kept = dict.fromkeys(plain(token) for token in promoted)
         best = Name(Place.PROMOTES, tuple(kept)[:WORDS])
     return best
 
@@ -93,20 +98,26 @@ def _around(context: Context, offsets: Sequence[int], words: Sequence[str]) -> s
     return {words[context.tokens[place]] for place in places if 0 <= place < len(context.tokens)}
 
 
-def _greedy(sets: Sequence[set[str]], chance: dict[str, float]) -> tuple[tuple[str, ...], float]:
-    """Words and what they gain: share of sets they cover, less the sum of their chances."""
+def _gain(seen: Sequence[set[str]], held: Sequence[set[str]], chance: dict[str, float]) -> float:
+    """Hit rate less false-alarm rate on held contexts of the words that others give."""
+    chosen = _greedy(seen, chance, 1)
+    hits = sum(not found.isdisjoint(chosen) for found in held)
+    return hits / max(len(held), 1) - sum(chance[word] for word in chosen)
+
+
+def _greedy(sets: Sequence[set[str]], chance: dict[str, float], least: int) -> tuple[str, ...]:
+    """Words that cover the sets, each `least` that no word before it covers."""
     chosen: list[str] = []
-    left, gain = list(sets), 0.0
+    left = list(sets)
     while len(chosen) < WORDS:
         counts = Counter(word for found in left for word in found)
-        shared = {word: count / len(sets) - chance[word] for word, count in counts.items() if count >= SHARED}
+        shared = {word: count / len(sets) - chance[word] for word, count in counts.items() if count >= least}
         word = max(shared, key=lambda each: (shared[each], each), default=None)
         if word is None or shared[word] <= 0:
             break
         chosen.append(word)
-        gain += shared[word]
         left = [found for found in left if word not in found]
-    return tuple(chosen), gain
+    return tuple(chosen)
 
 
 class Trial:

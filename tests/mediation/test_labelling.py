@@ -146,7 +146,7 @@ def planted_contexts(place: Place, words: list[str], n: int = 10) -> list[Contex
     for index in range(n):
         tokens = rng.integers(0, 3, 16).tolist()
         offset = OFFSETS[place][index % len(OFFSETS[place])]
-        tokens[10 + offset] = WORDS.index(words[index % len(words)])
+        tokens[10 + offset] = WORDS.index(words[index // 2 % len(words)])
         contexts.append(Context(tokens, [0.0] * 16, 10))
     return contexts
 
@@ -209,7 +209,7 @@ def test_too_few_held_out_activations_give_no_score() -> None:
 
 def test_words_are_compared_without_case_and_space() -> None:
     texts = [" The", "the", "\n", " ", "�"]
-    assert plain_words(lambda ids: texts[ids[0]], 5) == ["the", "the", "\\n", " ", "�"]
+    assert plain_words(lambda ids: texts[ids[0]], 5) == ["the", "the", "\\n", "␣", "�"]
 
 
 @pytest.fixture
@@ -321,8 +321,12 @@ class TestUpdate:
         update_labels(tmp_path, self.own(["c", None]))
         assert load_labels(tmp_path) == {0: "c"}
 
-    def test_labels_of_tags_stay(self, tmp_path: Path) -> None:
-        save_labels(tmp_path, pl.DataFrame({"meta": [0], "label": ["job=baker"], "score": [1.0], "p": [0.0]}))
+    @pytest.mark.parametrize("score", [{"score": [0.7]}, {}])
+    def test_labels_of_tags_stay_with_their_own_score(self, tmp_path: Path, score: dict[str, list[float]]) -> None:
+        save_labels(tmp_path, pl.DataFrame({"meta": [0], "label": ["job=baker"], **score}))
         update_labels(tmp_path, self.own(["a", "b"]))
         assert load_labels(tmp_path) == {0: "job=baker", 1: "b"}
+        saved = read_labels(tmp_path)
+        assert saved is not None
+        assert saved["score"].to_list() == [score.get("score", [None])[0], 0.9]
         assert not list(tmp_path.glob("*.tmp"))
