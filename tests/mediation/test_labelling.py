@@ -163,7 +163,7 @@ def test_a_planted_word_is_found_where_it_stands(place: Place) -> None:
 
 
 def test_contexts_that_share_nothing_leave_what_is_promoted() -> None:
-    tokens = np.random.default_rng(0).integers(0, 3, (10, 16)).tolist()
+    tokens = np.random.default_rng(0).integers(0, 3, (20, 16)).tolist()
     contexts = [Context(row, [0.0] * 16, 10) for row in tokens]
     name = find_name(contexts, WORDS, FREQUENCY, [" Up", "up", " down"])
     assert str(name) == "promotes up | down"
