@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Score the method where the answer is known.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+train = typer.Typer(help="Train dictionaries, and dictionaries of dictionaries.", no_args_is_help=True)
+app.add_typer(train, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; the same settings resume the run there.")]
@@ -155,6 +157,36 @@ def organism(
     from mediation import commands
 
     _finish(commands.organism_command(seed, out, family, quiet=as_json), as_json)
+
+
+@train.command(
+    epilog="Example: mediation train saes --model smollm2 --sites blocks.9.hook_resid_pre "
+    "--sites blocks.15.hook_resid_pre --text corpus.txt --tokens 2000000 --out packs/mine"
+)
+def saes(
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    sites: Annotated[list[str], typer.Option(help="SAELens hook name or module path; repeat.")],
+    out: Annotated[Path, typer.Option(help="Folder for one SAE a site; a killed training goes on from there.")],
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text files; repeat.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hugging Face dataset or folder, column `text`.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = 10_000_000,
+    d_sae: Annotated[int, typer.Option(min=1, help="Latents of each dictionary.")] = 8192,
+    k: Annotated[int, typer.Option(min=1, help="Active latents a token, on average.")] = 64,
+    architecture: Annotated[str, typer.Option(help="batchtopk, matryoshka or topk.")] = "batchtopk",
+    lr: Annotated[float, typer.Option(help="Learning rate, on activations scaled to norm sqrt(d_model).")] = 1e-3,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let the model be fetched from the Hugging Face hub.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """SAEs at several sites from one pass over a text, in bounded memory; resumes after a kill."""
+    from mediation.training.commands import Corpus, saes_command
+
+    corpus = Corpus(tuple(text or ()), dataset, tokens, context, seed)
+    chosen = {"d_sae": d_sae, "k": k, "architecture": architecture, "lr": lr, "batch": batch, "seed": seed}
+    _finish(saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
 
 
 @bench.command(epilog="Example: mediation bench planted --organism organisms/7 --json")

@@ -38,7 +38,16 @@ from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, text_quality, with_published
 from mediation.runs import Run, peak_memory_mb
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings, estimate, prepare, set_effect, top_latents, trace
+from mediation.trace import (
+    Prepared,
+    TraceSettings,
+    estimate,
+    prepare,
+    seconds_per_token,
+    set_effect,
+    top_latents,
+    trace,
+)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
@@ -178,6 +187,9 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
     discovery, evaluation = prompts.split(0.5, settings.seed)
     examples = partial(tokenize, model=model, baseline=traced.baseline, behaviour=traced.behaviour)
     mean = mean_state(model, prepared.batches, dictionary) if traced.baseline is Baseline.MEAN else None
+    if not quiet:
+        tokens = sum(batch.clean.numel() for batch in prepared.batches)
+        report.flagging(len(prompts), seconds_per_token(model, prepared) * tokens * settings.passes)
     worst = meta_split(model, dictionary, decomposition, prepared, run, traced)
     with run.timed("facts"), _bar("hidden facts", quiet) as tick:
         done = iter(range(1, len(prompts) + 1))

@@ -42,6 +42,7 @@ from mediation.metalatents import Decomposition
 from mediation.nodes import MeanState, site_states
 from mediation.parts import PooledParts, Surgeon, pooled_parts, shapley_split
 from mediation.prompts import Baseline, Batch, DiscoverySet, EvaluationSet, Example, Prompt, collate
+from mediation.shapley import MAX_EXACT
 from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.subject import SubjectModel
 
@@ -66,6 +67,13 @@ class FactSettings:
     def __post_init__(self) -> None:
         if self.controls < 20:
             raise MediationError(f"A removal test needs at least 20 controls, not {self.controls}.")
+
+    @property
+    def passes(self) -> float:
+        """Forwards of each prompt, at most, on average of discovery and evaluation; a backward counts two."""
+        n_parts = self.parts + len(REST)
+        coalitions = 2**n_parts if n_parts <= MAX_EXACT else self.permutations * (n_parts - 1) + 2
+        return 3 * self.steps + coalitions + self.kinds * (self.controls + 2) / 2
 
 
 @dataclass

@@ -116,6 +116,11 @@ def paths(graph: AttributionGraph, n: int) -> None:
     console.print(path_tree(graph, n))
 
 
+def flagging(prompts: int, seconds: float) -> None:
+    """Before flags: how long they take."""
+    console.print(f"Splitting and testing the facts of {prompts} prompts: at most about {max(seconds, 1):.0f} s.")
+
+
 def flags(result: dict[str, Any]) -> None:
     """Hidden facts with their proof."""
     found = result["hidden_facts"]
@@ -183,6 +188,16 @@ def labels(found: Sequence[dict[str, Any]]) -> None:
             f"them scored, median {_number(each['median_score'])}.",
             soft_wrap=True,
         )
+
+
+def trained(result: dict[str, Any]) -> None:
+    """New dictionaries, and how they do on text they were not trained on."""
+    table = _table("Held-out text", "site", "#variance explained", "#L0", "#silent latents")
+    for site, row in result["held_out"].items():
+        table.add_row(site, f"{row['variance_explained']:.3f}", f"{row['l0']:.1f}", f"{row['silent']:.1%}")
+    if table.row_count:
+        console.print(table)
+    files(*map(Path, result["saes"]))
 
 
 def files(*paths_written: Path) -> None:

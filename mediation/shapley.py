@@ -26,6 +26,8 @@ from torch import Tensor
 
 from mediation.errors import MediationError
 
+MAX_EXACT = 6  # parts up to which all 2^n coalitions are measured
+
 
 @dataclass
 class Shapley:
@@ -39,7 +41,7 @@ def shapley(
     value: Callable[[Tensor], Tensor],
     n_parts: int,
     *,
-    max_exact: int = 6,
+    max_exact: int = MAX_EXACT,
     permutations: int = 32,
     seed: int = 0,
 ) -> Shapley:

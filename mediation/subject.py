@@ -117,6 +117,16 @@ class SubjectModel:
         prove(model)
         return model
 
+    def save(self, folder: str | Path) -> None:
+        """Write weights as safetensors, and the tokenizer; a GGUF file is de-quantised once and opens faster then."""
+        config = self.module.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights in memory are plain ones, and transformers should know
+            self.module.hf_quantizer = None
+        self.module.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
     @property
     def device(self) -> torch.device:
         """Where tokens go in."""

