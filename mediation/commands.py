@@ -282,10 +282,10 @@ def quality_command(
     alive = dictionary.decoder.any(1)
     if model is not None and texts:
         with _bar("tokens", quiet) as tick:
-            found = text_quality(model, dictionary, texts, n_tokens, progress=tick)
+            found = text_quality(model, dictionary, texts, n_tokens, seed=seed, progress=tick)
         figures |= found.figures
         alive = alive & (found.density > 0).to(alive.device)
-        notes.append(f"Fidelity on {found.tokens['fidelity']} tokens, dead and dense on {found.tokens['use']}.")
+        notes.append(found.basis)
     else:
         notes.append("Fidelity, dead and dense latents need --model and --text.")
     figures |= asdict(geometry(dictionary))

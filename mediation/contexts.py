@@ -26,10 +26,9 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition
 from mediation.subject import SubjectModel
-from mediation.training.activations import windows
+from mediation.training.activations import SINK_NORM, windows
 
 BEFORE, AFTER = 10, 5  # tokens of a context on either side of its peak
-SINK_NORM = 10.0  # times the window's median norm
 WINDOW = 128  # tokens read at a time
 PIECE = 2_000  # characters of a file that stay in one half
 EDGES = 2.0 ** torch.arange(-8, 16.5, 0.5)  # lower ends of the histogram's bins, but for the first: it starts at 0
@@ -59,9 +58,13 @@ def read_half(paths: Sequence[Path], half: int) -> Iterator[str]:
 
 
 def text_windows(model: SubjectModel, paths: Sequence[Path], half: int) -> Iterator[list[int]]:
-    """One half of the files' text as windows of `WINDOW` tokens, or what the model can take if that is less."""
-    longest = model.module.config.get_text_config().max_position_embeddings
-    return windows(read_half(paths, half), model, min(WINDOW, longest))
+    """One half of the files' text as windows of `window_length` tokens."""
+    return windows(read_half(paths, half), model, window_length(model))
+
+
+def window_length(model: SubjectModel) -> int:
+    """`WINDOW`, or the longest text the model can take where that is less."""
+    return min(WINDOW, model.module.config.get_text_config().max_position_embeddings)
 
 
 class Reader:

@@ -1,6 +1,7 @@
 """What a dictionary is worth, beside what others have published.
 
-1. Fidelity on text (`mediation.dictionaries.measure_fidelity`): variance explained, L0, cross-entropy recovered.
+1. Fidelity on text (`mediation.dictionaries.measure_fidelity`): variance explained, L0, cross-entropy recovered; on the
+   documents of the files that `mediation train saes` holds out with the same seed.
 2. Use: latents are dead when they are on for fewer than one in 100,000 tokens of the text, dense when for more than
    one in ten. On a shorter text dead means never on.
 3. Decoder: each row's largest cosine with another row. Rows that repeat each other split a feature, or share a parent
@@ -15,20 +16,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mediation.contexts import WINDOW, Reader, blocks, text_windows
+from mediation.contexts import Reader, blocks, window_length
 from mediation.dictionaries import Dictionary, measure_fidelity
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition, MetaDictionary, rotated
 from mediation.subject import SubjectModel
+from mediation.training.activations import windows
+from mediation.training.text import documents_of, held_out
 
 DEAD, DENSE = 1e-5, 0.1
 SAME = 0.7  # cosine from which two rows are taken for one latent, as in the meta-SAE post
@@ -71,11 +74,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Steps 1 and 2. density [d_sae]: share of tokens on which each latent is on; tokens: how many were judged."""
+    """Steps 1 and 2. density [d_sae]: share of tokens on which each latent is on; basis: what both were measured on."""
 
     figures: dict[str, float | None]
     density: Tensor
-    tokens: dict[str, int]
+    basis: str
 
 
 def max_cosines(rows: Tensor, block: int | None = None) -> Tensor:
@@ -111,18 +114,32 @@ def text_quality(
     texts: Sequence[Path],
     n_tokens: int,
     *,
+    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TextQuality:
-    """Steps 1 and 2 on `n_tokens` of text files, fidelity on the first `FIDELITY_TOKENS`: it takes three passes."""
-    few = torch.tensor(list(islice(text_windows(model, texts, 0), max(1, FIDELITY_TOKENS // WINDOW))))
+    """Steps 1 and 2 on `n_tokens` of text files, fidelity on `FIDELITY_TOKENS` at most: it takes three passes.
+
+    A text too short to hold documents out is used as it is, and `basis` says so.
+    """
+    documents, length = documents_of(texts, seed), window_length(model)
+
+    def some(source: Iterable[str]) -> list[list[int]]:
+        return list(islice(windows(source, model, length), max(1, FIDELITY_TOKENS // length)))
+
+    unseen = some(held_out(documents))
+    few = torch.tensor(unseen or some(documents))
     if not len(few):
         raise MediationError("There is too little text to measure on; give longer or more files.")
     fidelity = measure_fidelity(model, dictionary, few, torch.ones_like(few), batch_size=16)
     on, seen = torch.zeros(dictionary.d_sae, dtype=torch.long), 0
-    windows = chain(text_windows(model, texts, 0), text_windows(model, texts, 1))
-    for block in blocks(
-        model, windows, [Reader(dictionary)], n_tokens=n_tokens, progress=lambda done: progress(done, n_tokens)
-    ):
+    reading = blocks(
+        model,
+        windows(documents, model, length),
+        [Reader(dictionary)],
+        n_tokens=n_tokens,
+        progress=lambda done: progress(done, n_tokens),
+    )
+    for block in reading:
         on += (block.values != 0).sum(dim=(0, 1)).cpu()
         seen += int(block.kept.sum())
     density = on / max(seen, 1)
@@ -132,7 +149,9 @@ def text_quality(
         "cross_entropy_recovered": _finite(fidelity.cross_entropy_recovered),
         **use(density),
     }
-    return TextQuality(figures, density, {"fidelity": fidelity.tokens, "use": seen})
+    kind = "held out of these files in training" if unseen else "that may have been trained on"
+    basis = f"Fidelity on {fidelity.tokens} tokens of documents {kind}, dead and dense on {seen} tokens."
+    return TextQuality(figures, density, basis)
 
 
 def use(density: Tensor) -> dict[str, float]:
