@@ -37,7 +37,7 @@ DEAD, DENSE = 1e-5, 0.1
 SAME = 0.7  # cosine from which two rows are taken for one latent, as in the meta-SAE post
 MAX_COSINES = 2**24  # held at once
 NULL_STEPS = 800
-FIDELITY_TOKENS = 16_384
+FIDELITY_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
