@@ -24,6 +24,7 @@ from mediation.dictionaries import Dictionary
 from mediation.effects import total_effect
 from mediation.estimators.common import behaviour_gradient
 from mediation.estimators.integrated_gradients import path_gradient
+from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.runs import Run
@@ -73,17 +74,24 @@ def graph_nodes(
     settings: TraceSettings,
     model: SubjectModel,
 ) -> pl.DataFrame:
-    """Step 1: the graph's latents and error nodes with their set-level attribution and interval."""
+    """Step 1: the graph's latents and error nodes with their set-level attribution and interval.
+
+    A latent is called by its label (mediation.labels), or where it has none by the token it is most on at.
+    """
     nodes = top_latents(run, settings.top, by_site=True, estimator=settings.estimator, seed=settings.seed)
     nodes = nodes.filter(pl.col("site").is_in([dictionary.site.name for dictionary in dictionaries]))
 
-    def label(latent: int | None, token: int) -> str:
+    labels = {dictionary.site.name: load_labels(dictionary.folder) for dictionary in dictionaries}
+
+    def label(site: str, latent: int | None, token: int) -> str:
         if latent is None:
             return "error"
+        if latent in labels[site]:
+            return f"{latent} {labels[site][latent]}"
         word = model.tokenizer.decode([token]).strip() if model.tokenizer is not None else str(token)
         return f"{latent} on '{word}'"
 
-    rows = nodes.select("latent", "token").iter_rows()
+    rows = nodes.select("site", "latent", "token").iter_rows()
     ending = pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.col("latent").cast(pl.String))
     return nodes.with_columns(
         id=pl.concat_str([pl.col("site"), pl.col("role"), ending], separator="/"),

@@ -72,16 +72,33 @@ def trace(
     _finish(commands.trace_command(source, chosen, out, quiet=as_json), as_json)
 
 
-@app.command(epilog="Example: mediation inspect runs/capitals --paths 10")
+@app.command(epilog="Examples: mediation inspect runs/capitals; mediation inspect --dictionary packs/layer-15")
 def inspect(
-    run: Annotated[Path, typer.Argument(help="Folder that a trace or demo wrote.")],
+    run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
+    dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it on which dead and dense are counted.")] = 100_000,
+    spelling: Annotated[Path | None, typer.Option(help="Words, one a line or JSONL {word}, for absorption.")] = None,
+    meta: Annotated[Path | None, typer.Option(help="Meta-SAE folder; default: one beside the SAE.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")] = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Which latents feed which: the strongest paths, a page (index.html) and GraphML, from a run."""
+    """Which latents feed which, from a run: paths, a page (index.html), GraphML. Or a dictionary's quality."""
     from mediation import commands
 
-    _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+    if (run is None) == (dictionary is None):
+        raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
+    if run is not None:
+        _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+        return
+    if model is None and (text or spelling):
+        raise MediationError("Text and words are measured with a model; give --model.")
+    source = commands.Source(model or "", (dictionary or "",), "", device, allow_download)
+    _finish(commands.quality_command(source, text or [], tokens, spelling, meta, seed, quiet=as_json), as_json)
 
 
 @app.command(epilog="Example: mediation flag runs/capitals --meta packs/layer-15-meta")
@@ -99,6 +116,34 @@ def flag(
 
     chosen = {"controls": controls, "parts": parts, "alpha": alpha, "seed": seed}
     _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
+
+
+@app.command(
+    epilog="Example: mediation label packs/layer-15 --model smollm2 --text books.txt --meta packs/layer-15-meta"
+)
+def label(
+    dictionaries: Annotated[list[str], typer.Argument(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID.")],
+    model: Annotated[str | None, typer.Option(help="Model the SAEs were trained on; as for trace.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to label from; repeat.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens read: half to label from, half to score on.")] = 200_000,
+    meta: Annotated[Path | None, typer.Option(help="Meta-SAE of one of the SAEs, to be labelled too.")] = None,
+    explanations: Annotated[
+        Path | None, typer.Option("--import", help="Neuronpedia's explanations or delphi's results instead.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = None,
+    allow_download: Annotated[bool, typer.Option(help="Let names be fetched from the Hugging Face hub.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What latents mean: contexts and names scored on held-out text, or imported explanations; kept with the SAE."""
+    from mediation import commands
+
+    if (explanations is None) == (model is None or not text):
+        raise MediationError("Labels come from --model and --text together, or from --import; give one of the two.")
+    source = commands.Source(model or "", tuple(dictionaries), "", device, allow_download)
+    if explanations is not None:
+        _finish(commands.import_command(source, explanations, quiet=as_json), as_json)
+    else:
+        _finish(commands.label_command(source, text or [], tokens, meta, quiet=as_json), as_json)
 
 
 @app.command(epilog="Example: mediation organism --seed 7 --out organisms/7 --family shaped")

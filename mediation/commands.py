@@ -21,16 +21,21 @@ from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
 from circuits.viewer.page import render
 from mediation import report
+from mediation.absorption import measure_absorption, read_words
 from mediation.behaviours import Behaviour
+from mediation.contexts import Reader
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
+from mediation.explanations import import_explanations
 from mediation.facts import FactSettings, find_hidden_facts
-from mediation.labels import load_labels
+from mediation.labelling import label_readers, label_seconds
+from mediation.labels import load_labels, update_labels
 from mediation.metalatents import MetaDictionary
 from mediation.metasplit import meta_split
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
+from mediation.quality import geometry, meta_against_null, meta_beside, text_quality, with_published
 from mediation.runs import Run, peak_memory_mb
 from mediation.subject import SubjectModel
 from mediation.trace import (
@@ -128,21 +133,22 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
         trace(model, dictionaries, prepared, run, settings, progress=tick)
     with _bar("edges", quiet) as tick:
         build_graph(model, dictionaries, prepared, run, settings, progress=tick)
-    result = _trace_result(run, settings)
+    result = _trace_result(run, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
     if not quiet:
         report.trace(result, model)
     return result
 
 
-def _trace_result(run: Run, settings: TraceSettings) -> dict[str, Any]:
+def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int, str]]) -> dict[str, Any]:
     info = run.info
     table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    rows = table.drop("rank").to_dicts()
     return {
         "run": str(run.path),
         "total_effect": set_effect(run, seed=settings.seed),
         **info["trust"],
         "fidelity": info["fidelity"],
-        "top_latents": table.drop("rank").to_dicts(),
+        "top_latents": [row | {"label": labels[row["site"]].get(row["latent"])} for row in rows],
         "effects": info["effects"],
         "seconds": sum(info["timings"].values()),
         "peak_memory_mb": info["peak_memory_mb"],
@@ -258,6 +264,109 @@ def page_flags(table: pl.DataFrame) -> list[dict[str, Any]]:
     return tested.select(pl.col("label").alias("fact"), "expected", *columns).to_dicts()
 
 
+def quality_command(
+    source: Source, texts: list[Path], n_tokens: int, words: Path | None, meta: Path | None, seed: int, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation inspect --dictionary`: what a dictionary is worth; without a model, what its weights say."""
+    model = None
+    if source.model:
+        model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, source.device or "cpu" if model is None else str(model.device))
+    if len(dictionaries) > 1:
+        raise MediationError(f"{source.saes[0]} holds {len(dictionaries)} dictionaries; give one of its folders.")
+    (dictionary,) = dictionaries
+    if model is not None:
+        dictionary.check(model)
+    figures: dict[str, float | None] = {}
+    notes: list[str] = []
+    alive = dictionary.decoder.any(1)
+    if model is not None and texts:
+        with _bar("tokens", quiet) as tick:
+            found = text_quality(model, dictionary, texts, n_tokens, seed=seed, progress=tick)
+        figures |= found.figures
+        alive = alive & (found.density > 0).to(alive.device)
+        notes.append(found.basis)
+    else:
+        notes.append("Fidelity, dead and dense latents need --model and --text.")
+    figures |= asdict(geometry(dictionary))
+    absorbed = None
+    if model is not None and words is not None:
+        with _bar("words", quiet) as tick:
+            absorbed = measure_absorption(model, dictionary, read_words(words), seed=seed, progress=tick)
+        figures["absorption_fraction"] = absorbed.fraction
+        notes += [f"No absorption figure: {absorbed.reason}."] if absorbed.reason else []
+    else:
+        notes.append("Absorption needs --model and --spelling.")
+    if (meta := meta or meta_beside(dictionary)) is not None:
+        decomposition = MetaDictionary.load(meta, device=str(dictionary.decoder.device))
+        decomposition.check(dictionary)
+        figures |= meta_against_null(decomposition, dictionary.decoder[alive], seed=seed)
+    else:
+        notes.append("There is no meta-SAE beside the dictionary; name one with --meta.")
+    result = {
+        "dictionary": dictionary.name,
+        "site": dictionary.site.name,
+        "architecture": dictionary.architecture,
+        "latents": dictionary.d_sae,
+        "figures": with_published(figures),
+        "probe_f1": absorbed.probe_f1 if absorbed else {},
+        "meta": None if meta is None else str(meta),
+        "notes": notes,
+    }
+    if not quiet:
+        report.quality(result)
+    return result
+
+
+def label_command(
+    source: Source, texts: list[Path], n_tokens: int, meta: Path | None, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation label`: label the latents of dictionaries, and of one meta-dictionary, from text."""
+    model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, str(model.device))
+    decomposition = None if meta is None else MetaDictionary.load(meta, device=str(model.device))
+    base = None if decomposition is None or meta is None else _base_dictionary(dictionaries, decomposition, meta)
+    readers = [Reader(each, decomposition if each is base else None) for each in dictionaries]
+    seconds = label_seconds(model, readers, texts, n_tokens)
+    if not quiet:
+        report.label_opening(dictionaries, n_tokens, seconds)
+    with _bar("tokens", quiet) as tick:
+        tables = label_readers(model, readers, texts, n_tokens=n_tokens, progress=tick)
+    found = []
+    for dictionary, (latents, metas) in zip(dictionaries, tables, strict=True):
+        found.append(_saved_labels(dictionary.folder, latents))
+        if metas is not None:
+            found.append(_saved_labels(meta, metas))
+    if not quiet:
+        report.labels(found)
+    return {"labels": found}
+
+
+def import_command(source: Source, explanations: Path, *, quiet: bool) -> dict[str, Any]:
+    """`mediation label --import`: take other people's explanations as labels."""
+    dictionaries = load_dictionaries(source, "cpu")
+    imported = [(each.folder, import_explanations(explanations, each)) for each in dictionaries]
+    found = [_saved_labels(*each) for each in imported]
+    if not quiet:
+        report.labels(found)
+    return {"labels": found}
+
+
+def _saved_labels(folder: Path | None, new: pl.DataFrame) -> dict[str, Any]:
+    """Save, and say what there is: counts, and the labels with the best scores."""
+    assert folder is not None
+    table = update_labels(folder, new)
+    scored = table.drop_nulls("score").sort("score", descending=True, maintain_order=True)
+    return {
+        "folder": str(folder),
+        "latents": len(table),
+        "labelled": len(table.drop_nulls("label")),
+        "scored": len(scored),
+        "median_score": scored["score"].median(),
+        "best": scored.head(report.SHOWN).select("index", "label", "score").to_dicts(),
+    }
+
+
 def organism_command(seed: int, out: Path, family: str, *, quiet: bool) -> dict[str, Any]:
     """`mediation organism`: make one; see mediation.organisms."""
     from mediation.organisms.train import make_organism
@@ -319,7 +428,7 @@ def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path:
     for dictionary in dictionaries:
         if meta.base_hash == dictionary.content_hash:
             return dictionary
-    raise MediationError(f"{path} was not trained on any of the run's dictionaries; give the meta-SAE of one of them.")
+    raise MediationError(f"{path} was not trained on any of the dictionaries; give the meta-SAE of one of them.")
 
 
 @contextmanager

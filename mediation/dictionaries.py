@@ -136,11 +136,12 @@ class Dictionary(Autoencoder):
     """A sparse autoencoder at one site of one model.
 
     content_hash: sha256 of the weight file, or of the loaded weights for a dictionary from the hub.
+    folder: where its labels are kept: its own, or for a dictionary from the hub one in the hub's local cache.
     """
 
-    def __init__(self, sae: SAE[Any], *, name: str, site: Site, content_hash: str) -> None:
+    def __init__(self, sae: SAE[Any], *, name: str, site: Site, content_hash: str, folder: Path | None = None) -> None:
         super().__init__(sae)
-        self.name, self.site, self.content_hash = name, site, content_hash
+        self.name, self.site, self.content_hash, self.folder = name, site, content_hash, folder
         self.model_name: str | None = sae.cfg.metadata.model_name
 
     @classmethod
@@ -164,9 +165,10 @@ class Dictionary(Autoencoder):
             name, digest = folder.resolve().name, weight_file_hash(folder)
         else:
             name = f"{source}/{sae_id}"
+            folder = Path(huggingface_hub.constants.HF_HOME) / "latent-mediation" / name
             sae = _open_release(str(source), sae_id, device, allow_download)
             digest = _weights_hash(sae)
-        return cls(sae, name=name, site=_resolve_site(sae, name, site), content_hash=digest)
+        return cls(sae, name=name, site=_resolve_site(sae, name, site), content_hash=digest, folder=folder)
 
     def check(self, model: SubjectModel) -> None:
         """Refuse (MediationError) a model of another width, too few layers, or another name."""

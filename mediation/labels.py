@@ -12,13 +12,19 @@
 *Logit lens* (nostalgebraist 2020): the tokens whose logit the direction raises most, with the final
 norm's scale folded and the unembedding centred, so that no token wins by a common mean.
 
-*Contexts*: the tokens on which the latents that share a meta-latent fire hardest.
+*Contexts* (a corpus): names that are scored on held-out text, see `mediation.labelling`.
+
+*Imported* (other people's explanations): see `mediation.explanations`.
+
+All are kept in one Parquet table beside the weights (`LABELS_FILE`). Labels made from contexts do not replace those
+made otherwise; their evidence is put beside them.
 
 Labels are hypotheses. Make them on other data than the figures they appear in.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +40,7 @@ from mediation.metalatents import Decomposition
 from mediation.subject import SubjectModel
 
 LEAST_SCORE = 0.75  # a name that holds for half of the texts it names scores this
+OWN = "contexts"  # source of the labels that `mediation.labelling` makes
 LABELS_FILE = "labels.parquet"  # beside the weights of the dictionary or meta-dictionary it describes
 
 
@@ -83,10 +90,20 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
 
 def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:
     """The `n` tokens each direction [m, d_model] raises most."""
+    return logit_effects(model, directions, n)[0]
+
+
+def logit_effects(model: SubjectModel, directions: Tensor, n: int) -> tuple[list[list[str]], list[list[str]]]:
+    """The `n` tokens each direction [m, d_model] raises most, and the `n` it lowers most."""
     unembedding = model.module.get_output_embeddings().weight.detach().float()
-    centred = unembedding - unembedding.mean(dim=0)
-    top = ((directions * final_norm_scale(model)) @ centred.T).topk(n, dim=1).indices.tolist()
-    return [[model.tokenizer.decode([token]) for token in row] for row in top]
+    centred = (unembedding - unembedding.mean(dim=0)) * final_norm_scale(model)
+    up, down = [], []
+    for part in directions.to(centred).split(256):
+        effects = part @ centred.T
+        up += effects.topk(n, dim=1).indices.tolist()
+        down += effects.topk(n, dim=1, largest=False).indices.tolist()
+    decode = model.tokenizer.decode
+    return [[decode([t]) for t in row] for row in up], [[decode([t]) for t in row] for row in down]
 
 
 def final_norm_scale(model: SubjectModel) -> Tensor:
@@ -105,20 +122,67 @@ def final_norm_scale(model: SubjectModel) -> Tensor:
 
 
 def save_labels(folder: str | Path, table: pl.DataFrame) -> None:
-    """Write labels beside the weights they describe; columns meta (or latent) and label at least."""
-    table.write_parquet(Path(folder) / LABELS_FILE)
+    """Write labels beside the weights they describe; columns index (or meta) and label at least."""
+    path = Path(folder) / LABELS_FILE
+    partial = path.with_suffix(".tmp")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        table.write_parquet(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise MediationError(f"The labels in {path} cannot be written: {error.strerror}.") from error
 
 
-def load_labels(folder: str | Path) -> dict[int, str]:
-    """Labels by index, empty when the folder has none."""
+def read_labels(folder: str | Path) -> pl.DataFrame | None:
+    """The table of labels in a folder, its first column called index; None when the folder has none."""
     path = Path(folder) / LABELS_FILE
     if not path.exists():
-        return {}
+        return None
     try:
         table = pl.read_parquet(path)
-        return dict(zip(table["meta"].to_list(), table["label"].to_list(), strict=True))
+        return table.rename({"meta": "index"}, strict=False).select("index", "label", pl.exclude("index", "label"))
     except (pl.exceptions.PolarsError, OSError) as error:
         raise MediationError(f"The labels in {path} cannot be read: {error}; delete the file to go without.") from error
+
+
+def load_labels(folder: str | Path | None) -> dict[int, str]:
+    """Labels by index, empty when there are none."""
+    table = None if folder is None else read_labels(folder)
+    if table is None:
+        return {}
+    named = table.drop_nulls("label")
+    return dict(zip(named["index"].to_list(), named["label"].to_list(), strict=True))
+
+
+def update_labels(folder: str | Path, table: pl.DataFrame) -> pl.DataFrame:
+    """Save `table` over the folder's labels, but keep what it does not replace; returns what was saved.
+
+    Only an imported label replaces one that was not made from contexts. Columns that `table` lacks stay.
+    """
+    old = read_labels(folder)
+    if old is not None:
+        given = {"source": pl.lit("enrichment"), "score": pl.lit(None, dtype=pl.Float64)}
+        old = old.with_columns(**{name: value for name, value in given.items() if name not in old.columns})
+        table = _joined(old, table.with_columns(pl.col("index").cast(old.schema["index"])))
+    save_labels(folder, table)
+    return table
+
+
+def _joined(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    both = old.join(new, on="index", how="full", coalesce=True, suffix=":new").sort("index")
+    kept = pl.col("label").is_not_null() & (pl.col("source") != OWN)
+    imported = pl.col("source:new").is_not_null() & (pl.col("source:new") != OWN)
+    own = pl.when(pl.col("source:new").is_null() | (kept & ~imported))
+    columns = []
+    for name in new.columns[1:]:
+        if name not in old.columns:
+            columns.append(pl.col(name))
+        elif name in ("label", "score", "source"):
+            columns.append(own.then(pl.col(name)).otherwise(pl.col(f"{name}:new")).alias(name))
+        else:
+            columns.append(pl.coalesce(f"{name}:new", name).alias(name))
+    rest = [name for name in old.columns[1:] if name not in new.columns]
+    return both.select("index", *columns, *rest)
 
 
 def latent_contexts(dictionary: Dictionary, x: Tensor, tokens: Tensor, n: int = 5) -> list[list[int]]:

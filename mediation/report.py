@@ -88,6 +88,9 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
         "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE",
         caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
     )  # fmt: skip
+    labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
+    if labelled:
+        table.add_column("label", max_width=40)
     for row in result["top_latents"][:SHOWN]:
         one = measured.get((row["site"], row["latent"]), {})
         token = model.tokenizer.decode([row["token"]]) if model.tokenizer is not None else str(row["token"])
@@ -97,6 +100,7 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
             _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
             "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
             _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
+            *([escape(row["label"] or "")] if labelled else []),
         )  # fmt: skip
     console.print(table)
 
@@ -143,6 +147,46 @@ def flags(result: dict[str, Any]) -> None:
         console.print(
             "The part that drives the answer most is of the expected kind in "
             f"{named['right']} of {named['of']} prompts."
+        )
+
+
+def quality(result: dict[str, Any]) -> None:
+    """A dictionary's figures beside published ones."""
+    table = _table("Quality", "figure", "#here", "published", "source")
+    for name, row in result["figures"].items():
+        shown = _number(row["value"], 3)
+        table.add_row(name.replace("_", " "), shown, row["published"] or "-", row["source"] or "-")
+    console.print(
+        f"[bold]{escape(result['dictionary'])}[/bold] at {result['site']}: {result['latents']} latents, "
+        f"{result['architecture']}."
+    )
+    console.print(table)
+    for note in result["notes"]:
+        console.print(escape(note))
+
+
+def label_opening(dictionaries: Sequence[Dictionary], n_tokens: int, seconds: float) -> None:
+    """What is about to be labelled, and how long it will take."""
+    sites = ", ".join(f"{d.site.name} ({d.d_sae} latents)" for d in dictionaries)
+    console.print(f"Labelling {escape(sites)} from {n_tokens} tokens; about {seconds:.0f} s.")
+
+
+def labels(found: Sequence[dict[str, Any]]) -> None:
+    """What was labelled, and the labels that predict best."""
+    for each in found:
+        table = _table(
+            "Labels", "#latent", "label", "#score",
+            caption="the best of them; score: area under the ROC curve of the label's words as a prediction of where "
+            "the latent is on, in text the label was not made from; .5 is chance",
+        )  # fmt: skip
+        for row in each["best"]:
+            table.add_row(str(row["index"]), escape(row["label"]), _number(row["score"]))
+        if each["best"]:
+            console.print(table)
+        console.print(
+            f"{escape(each['folder'])}: {each['labelled']} labels for {each['latents']} latents, {each['scored']} of "
+            f"them scored, median {_number(each['median_score'])}.",
+            soft_wrap=True,
         )
 
 

@@ -88,3 +88,27 @@ def linear_model(folder: Path) -> SubjectModel:
         block.attn.c_attn.bias.data[: 2 * D_MODEL] = 0.0
     assert len(transformer.h) == LAYERS
     return model
+
+
+def detector_model(folder: Path, detected: int = 6) -> SubjectModel:
+    """A tiny Llama whose first words, w0 to w5, have the embeddings 10 e_k; no other word reaches along those axes."""
+    model = tiny(folder)
+    weight = model.module.get_input_embeddings().weight.data
+    weight[:, :detected] = 0.0
+    weight[3 : 3 + detected] = 0.0
+    weight[3 : 3 + detected, :detected] = 10 * torch.eye(detected)
+    return model
+
+
+def detector_dictionary(folder: Path, detected: int = 6) -> Dictionary:
+    """At the embeddings of `detector_model`: latent k is on, at 5, where the token is wk; a last latent never is."""
+    sae = StandardSAE(
+        StandardSAEConfig(d_in=D_MODEL, d_sae=detected + 1, metadata=SAEMetadata(hook_name="blocks.0.hook_resid_pre"))
+    )
+    axes = torch.eye(D_MODEL)[: detected + 1]
+    sae.W_enc.data, sae.W_dec.data = axes.T.contiguous(), axes.contiguous()
+    sae.b_enc.data = torch.full((detected + 1,), -5.0)
+    sae.b_enc.data[-1] = -1e6
+    sae.b_dec.data = torch.zeros(D_MODEL)
+    sae.save_model(folder)
+    return Dictionary.load(folder)
