@@ -93,7 +93,8 @@ class MetaDictionary(Decomposition):
     def __init__(self, sae: SAE[Any], *, name: str = "meta", content_hash: str | None = None) -> None:
         self._autoencoder = Autoencoder(sae)
         self.name, self.content_hash = name, content_hash
-        self.base_hash: str | None = sae.cfg.metadata.base_hash
+        self.metadata: SAEMetadata = sae.cfg.metadata
+        self.base_hash: str | None = self.metadata.base_hash
         self.d_model, self.d_meta = self._autoencoder.d_model, self._autoencoder.d_sae
         self.directions, self.bias = self._autoencoder.decoder, self._autoencoder.b_dec
 
