@@ -84,15 +84,15 @@ def find_values(rows: Tensor, *, seed: int = 0, progress: Progress = lambda done
     """Steps 1 to 4, on unit rows [n, d]."""
     search = _Search(rows, seed)
     attributes: list[Tensor] = []
+    known = sets = torch.zeros(len(rows), 0, dtype=torch.bool)
     for number in range(PASSES):
         progress(number, PASSES)
-        known = torch.cat([rows.new_zeros(len(rows), 0).bool(), *attributes], dim=1)
         sets = search.sets(known)
         new = search.attributes(sets, known)
-        attributes += new
         if not new:
             break
-    known = torch.cat([rows.new_zeros(len(rows), 0).bool(), *attributes], dim=1)
+        attributes += new
+        known = torch.cat(attributes, dim=1)
     if sets.shape[1] and known.shape[1]:
         sets = sets[:, explained(sets, known) < 1 - UNEXPLAINED]
     index = [torch.full((part.shape[1],), number) for number, part in enumerate(attributes)]
@@ -174,7 +174,7 @@ class _Search:
         place = torch.searchsorted(self.chance[0], share).clamp(1, len(self.chance[0]) - 1)
         (low, high), (below, above) = ((table[place - 1], table[place]) for table in self.chance)
         chance = below + (above - below) * ((share - low) / (high - low)).clamp(0, 1)
-        return (self._linearity(sets) - chance) / (1 - chance)
+        return (_linearity(self.q, sets) - chance) / (1 - chance)
 
     def _chance(self) -> tuple[Tensor, Tensor]:
         """Shares of rows in ascending order, and the largest R^2 that climbs find for them in random data."""
@@ -191,9 +191,6 @@ class _Search:
         rows = torch.randperm(self.n, generator=self.generator)[:STARTS]
         random = torch.randn(2, len(basis), STARTS, generator=self.generator)
         return basis.T @ torch.cat([self.q[rows].T, random[0], self.power[:, None] * random[1]], dim=1)
-
-    def _linearity(self, sets: Tensor) -> Tensor:
-        return _linearity(self.q, sets)
 
     def _stable(self, basis: Tensor, tails: tuple[float, ...]) -> Tensor:
         """Sets where enough climbs in a subspace meet, grown in the whole signal space; the clearest first."""
