@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Score the method where the answer is known.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-train = typer.Typer(help="Train dictionaries, and dictionaries of dictionaries.", no_args_is_help=True)
+train = typer.Typer(help="Train dictionaries and meta-dictionaries.", no_args_is_help=True)
 app.add_typer(train, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -200,6 +200,36 @@ def planted(
     from mediation import commands
 
     _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
+
+
+@bench.command(name="meta", epilog="Example: mediation bench meta --quick --json")
+def bench_meta(
+    quick: Annotated[bool, typer.Option("--quick", help="A few settings and seeds, under a minute.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Are the facts planted in decoder rows named right? Ways to decompose rows, over kinds of rows."""
+    from mediation import commands
+
+    _finish(commands.bench_meta_command(quick=quick, quiet=as_json), as_json)
+
+
+@train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")
+def train_meta(
+    dictionaries: Annotated[list[Path], typer.Argument(help="SAE folders, or a folder of them; several are pooled.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; must not hold anything yet.")],
+    width: Annotated[int | None, typer.Option(min=2, help="Meta-latents; default: found from the rows.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Meta-latents per row; default: found from the rows.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="Rows count alike (uniform), or as often as they fire (use).")
+    ] = "uniform",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """A meta-dictionary of decoder rows: the facts they share, against a null of rows that share nothing."""
+    from mediation import commands
+
+    chosen = {"width": width, "k": k, "weights": weights, "seed": seed}
+    _finish(commands.train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import polars as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from circuits.build import build_graph
 from circuits.export import to_graphml
@@ -387,6 +387,29 @@ def planted_command(organism: Path, prompts: int, seed: int, *, quiet: bool) -> 
     return result
 
 
+def train_meta_command(folders: list[Path], out: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """`mediation train meta`: decoder rows into a meta-dictionary; see mediation.training.meta."""
+    from mediation.training.meta import train_meta
+
+    with _stages("rows", quiet) as show:
+        announce = (lambda text: None) if quiet else report.progress_console.print
+        result = train_meta(folders, out, **chosen, progress=show, announce=announce)
+    if not quiet:
+        report.trained_meta(result)
+    return result
+
+
+def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
+    """`mediation bench meta`: ways to decompose rows where the facts are planted; see mediation.metabench."""
+    from mediation.metabench import run_bench
+
+    with _stages("settings", quiet) as show:
+        result = run_bench(quick=quick, progress=show)
+    if not quiet:
+        report.meta_bench(result)
+    return result
+
+
 def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:
     enums: dict[str, type[StrEnum]] = {"baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator}
     settings: dict[str, Any] = {k: _choice(enums[k], v, k) if k in enums else v for k, v in chosen.items()}
@@ -438,3 +461,12 @@ def _bar(title: str, quiet: bool) -> Iterator[Any]:
     with Progress(*columns, console=report.progress_console, disable=quiet, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+@contextmanager
+def _stages(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar of named stages; yields show(stage, done, of)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=report.progress_console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)

@@ -93,7 +93,8 @@ class MetaDictionary(Decomposition):
     def __init__(self, sae: SAE[Any], *, name: str = "meta", content_hash: str | None = None) -> None:
         self._autoencoder = Autoencoder(sae)
         self.name, self.content_hash = name, content_hash
-        self.base_hash: str | None = sae.cfg.metadata.base_hash
+        self.metadata: SAEMetadata = sae.cfg.metadata
+        self.base_hash: str | None = self.metadata.base_hash
         self.d_model, self.d_meta = self._autoencoder.d_model, self._autoencoder.d_sae
         self.directions, self.bias = self._autoencoder.decoder, self._autoencoder.b_dec
 
@@ -119,7 +120,9 @@ class MetaDictionary(Decomposition):
         batch: rows per step, by default an eighth of the rows but at least 256. center: hold the bias at the
         mean row and not at 0, for rows that are mostly one common direction. Warns below 200 rows.
         """
-        rows = _training_rows(rows, width, k)
+        rows = checked_rows(rows)
+        if not 1 <= k < width:
+            raise MediationError(f"A meta-SAE of width {width} cannot use {k} per row; make 1 <= k < width.")
         bias = rows.mean(0) if center else torch.zeros_like(rows[0])
         batch = batch or min(max(MIN_BATCH, len(rows) // 8), MAX_BATCH)
         starts = [
@@ -239,13 +242,11 @@ class _Weights:
     threshold: float
 
 
-def _training_rows(rows: Tensor, width: int, k: int) -> Tensor:
-    """Step 1."""
+def checked_rows(rows: Tensor) -> Tensor:
+    """Step 1: the rows [n, d] that are not all zero, at unit norm. Warns below 200."""
     if rows.dim() != 2 or not rows.isfinite().all():
         raise MediationError("A meta-SAE is trained on a table of finite decoder rows; check the dictionary.")
     rows = normalize(rows[rows.any(1)].float(), dim=1)
-    if not 1 <= k < width:
-        raise MediationError(f"A meta-SAE of width {width} cannot use {k} per row; make 1 <= k < width.")
     if len(rows) < 2:
         raise MediationError("Fewer than two decoder rows are not zero; there is nothing to decompose.")
     if len(rows) < FEW_ROWS:

@@ -240,5 +240,34 @@ def planted(result: dict[str, Any]) -> None:
     )
 
 
+def trained_meta(result: dict[str, Any]) -> None:
+    """A new meta-dictionary: what it was trained on, how well it fits, how far it is from the null."""
+    table = _table("Meta-dictionary", "measured", "#value")
+    dropped = f"{result['dead_dropped']} dead dropped" if result["density_known"] else "densities unknown, all kept"
+    table.add_row(f"rows ({dropped})", str(result["rows"]))
+    table.add_row("method", result["method"])
+    table.add_row("meta-latents", str(result["width"]))
+    table.add_row("codes per row", _number(result["codes_per_row"], 1))
+    if result["attributes"]:
+        table.add_row("attributes, by number of values", " ".join(map(str, result["attributes"])))
+    table.add_row("variance explained", _number(result["variance_explained"], 3))
+    for name, value in result["held_out"].items():
+        table.add_row(f"variance explained of held-out rows, {name}", _number(value, 3))
+    table.add_row("variance explained of rotated rows (null)", _number(result["null_variance_explained"], 3))
+    table.add_row("gap to the null", _number(result["gap_to_null"], 3))
+    console.print(table)
+    files(Path(result["out"]))
+
+
+def meta_bench(result: dict[str, Any]) -> None:
+    """Right fact at top 1, one line a setting, one column a method."""
+    methods = list(result["methods"])
+    table = _table("Right fact first (value and attribute), mean over seeds", "rows", *(f"#{name}" for name in methods))
+    for row in result["settings"]:
+        table.add_row(row["setting"], *(_number(row["value"].get(name)) for name in methods))
+    console.print(table)
+    console.print(f"{result['seconds']:.0f} s; seeds {result['seeds']}.")
+
+
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,237 @@
+"""Training a meta-dictionary on the decoder rows of one dictionary, or of several pooled.
+
+1. Rows: all decoder rows at unit norm, less dead ones. A latent is dead when it fires on at most one token in 100,000
+   (SAELens' sparsity.safetensors); without that file only all-zero rows are left out, and the result says so.
+2. Two ways, judged on a fifth of the rows that is held out: *factored* (mediation.factored) finds its size itself;
+   *sparse* (`MetaDictionary.train`) gets as many codes per row and WIDTH_PER_META times the meta-latents. The one
+   that explains more of the held-out rows is trained again on all rows. Where rows share no facts that a readout could
+   tell, sparse takes the published recipe: 4 codes per row, a quarter as many meta-latents as rows.
+   A width or k that the user gives, and rows weighted by use, mean sparse.
+3. The null: every row turned to a random direction on its own, then the same training. What is explained beyond it is
+   shared between rows.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mediation.dictionaries import Autoencoder, open_folder, weight_file_hash
+from mediation.errors import FidelityWarning, MediationError
+from mediation.factored import train_factored
+from mediation.metalatents import FEW_ROWS, MetaDictionary, checked_rows, rotated
+
+DEAD_LOG_DENSITY = -5.0
+HELD_OUT = 0.2
+WIDTH_PER_META = 1.5
+K, WIDTH_PER_ROW = 4, 0.25
+STEPS, RESTARTS = 2000, 3
+WEIGHTS = ("uniform", "use")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Rows:
+    """Decoder rows [n, d] of the dictionaries, how often their latents fire where known, and what was left out."""
+
+    rows: Tensor
+    use: Tensor | None
+    dead: int
+    density_known: bool
+    base_hash: str | None  # of the one dictionary; pooled rows belong to none
+
+
+@dataclass
+class _Way:
+    """How to train: factored, or sparse of a width and k."""
+
+    width: int | None = None
+    k: int | None = None
+
+    def train(self, rows: Tensor, seed: int, base_hash: str | None = None) -> MetaDictionary:
+        if self.width is None or self.k is None:
+            return train_factored(rows, seed=seed, base_hash=base_hash)
+        return MetaDictionary.train(
+            rows, width=self.width, k=self.k, steps=STEPS, restarts=RESTARTS, seed=seed, base_hash=base_hash
+        )
+
+
+def read_rows(folders: Sequence[str | Path]) -> Rows:
+    """Step 1. A folder of dictionary folders counts as all of them."""
+    expanded = [each for folder in map(Path, folders) for each in sorted(c.parent for c in folder.glob("*/cfg.json"))]
+    named = [Path(folder) for folder in folders if not any(Path(folder).glob("*/cfg.json"))] + expanded
+    rows, use = [], []
+    dead = 0
+    for folder in named:
+        decoder = Autoencoder(open_folder(folder, "cpu")).decoder
+        density = _log_density(folder, len(decoder))
+        alive = decoder.any(1) if density is None else decoder.any(1) & (density > DEAD_LOG_DENSITY)
+        rows.append(decoder[alive])
+        use.append(None if density is None else 10 ** density[alive])
+        dead += int((~alive).sum())
+    widths = {part.shape[1] for part in rows}
+    if len(widths) > 1:
+        raise MediationError(
+            f"Dictionaries of different widths ({', '.join(map(str, sorted(widths)))}) cannot be pooled; "
+            "give dictionaries of one model."
+        )
+    known = [each for each in use if each is not None]
+    return Rows(
+        torch.cat(rows),
+        torch.cat(known) if len(known) == len(use) else None,
+        dead,
+        len(known) == len(use),
+        weight_file_hash(named[0]) if len(named) == 1 else None,
+    )
+
+
+def train_meta(
+    folders: Sequence[str | Path],
+    out: Path,
+    *,
+    width: int | None = None,
+    k: int | None = None,
+    weights: str = "uniform",
+    seed: int = 0,
+    progress: Progress = lambda stage, done, of: None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Steps 1 to 3, into the folder `out`, which must be new or empty. Returns the figures.
+
+    weights: "uniform", or "use": rows are drawn as often as their latents fire. announce: gets one line on what is
+    about to be done and about how long it takes. progress: called with (stage, done, of).
+    """
+    if weights not in WEIGHTS:
+        raise MediationError(f"--weights is {weights!r}; give one of {', '.join(WEIGHTS)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MediationError(f"{out} already holds something; choose a new folder.")
+    started = time.perf_counter()
+    read = read_rows(folders)
+    rows = checked_rows(read.rows)
+    if weights == "use":
+        if read.use is None:
+            raise MediationError(
+                f"Rows cannot be weighted by use: not every folder has a {SPARSITY_FILENAME}; use --weights uniform."
+            )
+        # Training draws rows uniformly, so rows drawn here in proportion to use are weighted by it.
+        drawn = torch.multinomial(read.use, len(rows), True, generator=torch.Generator().manual_seed(seed))
+        rows = rows[drawn]
+    sparse = width is not None or k is not None or weights == "use"
+    announce(f"{len(rows)} rows of width {rows.shape[1]}; about {_estimate(rows, sparse):.0f} s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FidelityWarning)  # said once above
+        progress("choosing", 0, 3)
+        given = _sparse(len(rows), width, k) if sparse else None
+        way, held_out = _choose(rows, seed, given)
+        progress("training", 1, 3)
+        meta = way.train(rows, seed, read.base_hash)
+        progress("null", 2, 3)
+        null = _null(rows, way, seed)
+        progress("null", 3, 3)
+    _save(meta, out)
+    about = meta.metadata
+    attributes = about.attribute or []
+    explained = meta.variance_explained(rows)
+    return {
+        "out": str(out),
+        "method": about.training_architecture,
+        "rows": len(rows),
+        "few_rows": len(rows) < FEW_ROWS,
+        "dead_dropped": read.dead,
+        "density_known": read.density_known,
+        "weights": weights,
+        "width": meta.d_meta,
+        "codes_per_row": (meta.codes(rows) > 0).sum(1).float().mean().item(),
+        "attributes": [attributes.count(number) for number in range(max(attributes, default=-1) + 1)],
+        "variance_explained": explained,
+        "held_out": held_out,
+        "null_variance_explained": null,
+        "gap_to_null": explained - null,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _choose(rows: Tensor, seed: int, given: _Way | None) -> tuple[_Way, dict[str, float]]:
+    """Step 2: the way to train, and the variance of held-out rows that each way tried explains."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    n_held = max(1, round(HELD_OUT * len(rows)))
+    held, kept = rows[order[:n_held]], rows[order[n_held:]]
+    if given is not None:
+        return given, {"sparse": _explained(given.train(kept, seed), held)}
+    try:
+        factored = train_factored(kept, seed=seed)
+    except MediationError:  # no shared facts
+        sparse = _sparse(len(rows), None, None)
+        return sparse, {"sparse": _explained(sparse.train(kept, seed), held)}
+    per_row = max(1, round((factored.codes(kept) > 0).sum(1).float().mean().item()))
+    sparse = _sparse(len(rows), max(per_row + 1, round(WIDTH_PER_META * factored.d_meta)), per_row)
+    tried = {"factored": _explained(factored, held), "sparse": _explained(sparse.train(kept, seed), held)}
+    return (_Way() if tried["factored"] >= tried["sparse"] else sparse), tried
+
+
+def _sparse(n_rows: int, width: int | None, k: int | None) -> _Way:
+    k = k or K
+    return _Way(width or max(k + 1, round(WIDTH_PER_ROW * n_rows)), k)
+
+
+def _explained(meta: MetaDictionary, rows: Tensor) -> float:
+    return meta.variance_explained(rows)
+
+
+def _null(rows: Tensor, way: _Way, seed: int) -> float:
+    """Step 3; a factored training that finds nothing shared explains nothing."""
+    turned = rotated(rows, seed)
+    try:
+        return _explained(way.train(turned, seed), turned)
+    except MediationError:
+        return 0.0
+
+
+def _estimate(rows: Tensor, sparse: bool) -> float:
+    """Seconds, from a few steps of sparse training on these rows."""
+    way = _sparse(len(rows), None, None)
+    assert way.width is not None
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FidelityWarning)
+        MetaDictionary.train(rows, width=way.width, k=K, steps=10, restarts=1)
+    one = (time.perf_counter() - started) / 10 * STEPS * RESTARTS
+    # Two or three sparse trainings, or one and three factored ones, which take about as long as a single start each.
+    return 3 * one if sparse else 2 * one
+
+
+def _log_density(folder: Path, d_sae: int) -> Tensor | None:
+    """log10 of the share of tokens each latent fires on, where the folder has SAELens' file."""
+    file = folder / SPARSITY_FILENAME
+    if not file.is_file():
+        return None
+    try:
+        (density,) = load_file(file).values()
+    except Exception as reason:  # safetensors raises its own types
+        raise MediationError(f"{file} cannot be read: {reason}; delete it to keep all rows.") from reason
+    if density.shape != (d_sae,):
+        raise MediationError(f"{file} is not about the {d_sae} latents beside it; delete it to keep all rows.")
+    return density.float()
+
+
+def _save(meta: MetaDictionary, out: Path) -> None:
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        meta.save(partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise MediationError(f"{out} cannot be written ({error.strerror}); choose another folder.") from error
