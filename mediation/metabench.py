@@ -40,7 +40,7 @@ from mediation.labels import enrichment
 from mediation.metalatents import MatchingPursuit, MetaDictionary, rotated
 from mediation.sites import Site, Stream
 from mediation.training.activations import shuffled_batches
-from mediation.training.saes import train_sae
+from mediation.training.saes import SAESettings, train_sae
 
 DIM = 128
 MIXED = (2, 4, 4, 8, 8, 16)
@@ -242,12 +242,9 @@ def _saelens(rows: Tensor, setting: Setting, seed: int) -> Parts:
         made = train_sae(
             shuffled_batches(rows, 256, seed=seed),
             Path(folder) / "meta",
+            SAESettings(round(1.5 * sum(setting.values)), k=len(setting.values), steps=1000, seed=seed),
             site=Site(0, Stream.RESID_PRE),
             model_name="none",
-            d_sae=round(1.5 * sum(setting.values)),
-            k=len(setting.values),
-            steps=1000,
-            seed=seed,
         )
         meta = MetaDictionary.load(made)
     return meta.codes(rows), meta.directions
