@@ -6,7 +6,7 @@
 2. For every attribute=value, the Mann-Whitney statistic of the score on texts with the tag against all
    others, as a z-score corrected for ties. The label is the tag with the largest z, kept when its p-value
    survives Holm's correction over all tags of that meta-latent, and when the score tells such texts from others
-   (area under the ROC curve at least `LEAST_SCORE`): among many texts a meta-latent that fires on three of
+   (area under the ROC curve at least `least_score`): among many texts a meta-latent that fires on three of
    them by chance is "significant" and names nothing.
 
 *Logit lens* (nostalgebraist 2020): the tokens whose logit the direction raises most, with the final
@@ -57,7 +57,9 @@ def meta_scores(
     return latents[:, used] @ codes
 
 
-def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: float = 0.01) -> pl.DataFrame:
+def enrichment(
+    scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: float = 0.01, least_score: float = LEAST_SCORE
+) -> pl.DataFrame:
     """Label meta-latents by the tag they are enriched for; scores [n_texts, n_meta], one dict of tags a text.
 
     Returns columns meta, label ("attribute=value"), score (area under the ROC curve), p (Holm-corrected),
@@ -85,7 +87,7 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
     p = np.minimum(stats.norm.sf(z[best, columns]) * len(names), 1.0)
     auc = u[best, columns] / np.maximum(inside * outside, 1)[best, 0]
     table = pl.DataFrame({"meta": columns, "label": [names[k] for k in best], "score": auc, "p": p})
-    return table.filter((pl.col("p") <= alpha) & (pl.col("score") >= LEAST_SCORE))
+    return table.filter((pl.col("p") <= alpha) & (pl.col("score") >= least_score))
 
 
 def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:
