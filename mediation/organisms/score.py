@@ -90,7 +90,8 @@ def label_parts(
     tokens = torch.tensor([model.encode(person.name) for person in people])
     where = torch.zeros_like(tokens)
     where[:, LAST_NAME] = 1
-    return enrichment(meta_scores(model, dictionary, decomposition, tokens, where), [person.facts for person in people])
+    scores = meta_scores(model, dictionary, decomposition, tokens, where)
+    return enrichment(scores, [person.facts for person in people], least_score=least_score)
 
 
 def score_organism(
