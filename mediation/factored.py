@@ -74,6 +74,8 @@ def train_factored(
     rows = checked_rows(rows).cpu()
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MAX_ROWS].sort().values
     rows = rows[chosen]
+    if len(rows) < 4 * LEAST_MEMBERS:
+        raise MediationError(f"{len(rows)} decoder rows are too few to share facts; use MatchingPursuit.")
     values = find_values(rows, seed=seed, progress=progress)
     if not values.members.shape[1]:
         raise MediationError("These rows share no fact that a linear readout could tell; use a sparse meta-SAE.")
