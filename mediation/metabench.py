@@ -44,7 +44,7 @@ from mediation.training.saes import train_sae
 
 DIM = 128
 MIXED = (2, 4, 4, 8, 8, 16)
-SEEDS, QUICK_SEEDS = (1000, 1001, 1002, 1003, 1004), (1000,)
+SEEDS, QUICK_SEEDS = (1000, 1001, 1002), (1000,)
 
 Parts = tuple[Tensor, Tensor]  # codes [n, m], unit directions [m, d]
 
