@@ -19,11 +19,13 @@ Seeds from 1000 on were not looked at while methods were developed.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +240,8 @@ def _batchtopk(train: Tensor, rows: Tensor, setting: Setting, seed: int, width: 
 
 
 def _saelens(rows: Tensor, setting: Setting, seed: int) -> Parts:
-    with tempfile.TemporaryDirectory() as folder:
+    # SAELens draws a bar of its own on standard error.
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         made = train_sae(
             shuffled_batches(rows, 256, seed=seed),
             Path(folder) / "meta",
