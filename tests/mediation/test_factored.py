@@ -109,7 +109,7 @@ def test_two_valued_attribute_is_two_opposite_directions(trained: MetaDictionary
 
 
 def test_order_rotation_and_length_of_rows_do_not_matter() -> None:
-    planted = plant(Setting(noise=0.1), 4)
+    planted = plant(Setting((2, 4, 8), rows=240, noise=0.1), 4)
     rows = planted.rows
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[1], generator=generator)).Q
