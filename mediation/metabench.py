@@ -178,7 +178,7 @@ def named_right(planted: Planted, codes: Tensor, directions: Tensor, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     label, test = _half(len(facts), seed)
     tags = [{str(a): str(v) for a, v in enumerate(row)} for row in facts[label].tolist()]
-    names = enrichment(codes[label], tags)
+    names = enrichment(codes[label], tags, least_score=0.0)  # weak names too: some methods have no others
     named = torch.full((len(directions), 2), -1)
     for meta, name in zip(names["meta"].to_list(), names["label"].to_list(), strict=True):
         named[meta] = torch.tensor([int(part) for part in name.split("=")])
@@ -261,7 +261,9 @@ def _dictionary_learning(rows: Tensor, setting: Setting, seed: int) -> Parts:
         random_state=seed,
     )
     centred = (rows - rows.mean(0)).double().numpy()
-    codes = torch.from_numpy(learner.fit_transform(centred)).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the pursuit stops early on rows it has explained
+        codes = torch.from_numpy(learner.fit_transform(centred)).float()
     return _signed(codes, torch.from_numpy(learner.components_).float())
 
 
