@@ -21,7 +21,7 @@ from mediation.loading import resolve
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, token_windows
-from mediation.training.several import Plan, train_saes
+from mediation.training.several import Plan, refuse, train_saes
 from mediation.training.text import dataset_documents, documents_of, held_out, kept
 
 HELD_OUT_TOKENS = 20_000  # at most; figures are measured on them
@@ -75,10 +75,11 @@ def saes_command(
     places = tuple(dict.fromkeys(model.site(site) for site in sites))
     plan = Plan.of(places, corpus.tokens, normalize=True, bf16=True, **chosen)
     train, unseen = corpus.windows(model)
+    refuse(model, train, plan, out)
     if not quiet:
         needed = plan.memory(model.d_model, dtype.itemsize) / 2**30
         report.console.print(
-            f"[bold]{escape(model.name)}[/bold]: {len(places)} SAEs of {plan.sae.d_sae} latents on {plan.tokens:,} "
+            f"[bold]{escape(model.name)}[/bold]: SAEs at {len(places)} site(s), {plan.sae.d_sae} latents, on {plan.tokens:,} "
             f"tokens; about {needed:.1f} GiB of memory beside the model, {plan.disk(model.d_model) / 2**30:.1f} GiB of "
             f"disk, {_seconds(model, train, plan) / 60:.0f} minutes."
         )

@@ -91,15 +91,7 @@ def train_saes(
     Raises:
         MediationError: too little memory, disk or text; a checkpoint of other settings; SAEs already there.
     """
-    there = [site.name for site in plan.sites if (folder / site.name).exists()]
-    if there:
-        raise MediationError(f"{folder} already holds an SAE for {there[0]}; choose another folder.")
-    given = sequences[:, 1:].numel()
-    if given < MOST_SINKS * plan.tokens:
-        raise MediationError(
-            f"The text has {given:,} tokens to train on and {plan.tokens:,} are wanted; give more text."
-        )
-    _room(model, plan, folder)
+    refuse(model, sequences, plan, folder)
     description = {"model": model.content_hash, **_plain(plan)}
     state, trainings = _resume(folder / CHECKPOINT, description, plan, model)
     endless = _Endless(sequences, state["sequences"])
@@ -118,6 +110,31 @@ def train_saes(
         saved = [trainings[site].save(folder / site.name, site, model.name) for site in plan.sites]
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return saved
+
+
+def refuse(model: SubjectModel, sequences: Tensor, plan: Plan, folder: Path) -> None:
+    """Step 1: MediationError when SAEs are already there, or text, memory or disk do not suffice."""
+    there = [site.name for site in plan.sites if (folder / site.name).exists()]
+    if there:
+        raise MediationError(f"{folder} already holds an SAE for {there[0]}; choose another folder.")
+    given = sequences[:, 1:].numel()
+    if given < MOST_SINKS * plan.tokens:
+        raise MediationError(
+            f"The text has {given:,} tokens to train on and {plan.tokens:,} are wanted; give more text."
+        )
+    needed = plan.memory(model.d_model, next(model.module.parameters()).element_size())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MediationError(
+            f"This training needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; "
+            "train fewer sites at a time, or fewer latents."
+        )
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    on_disk, room = plan.disk(model.d_model), shutil.disk_usage(existing).free
+    if on_disk > room:
+        raise MediationError(
+            f"This training needs {on_disk / 2**30:.1f} GiB on disk and {room / 2**30:.1f} are free at {existing}."
+        )
 
 
 def _train_on(
@@ -184,23 +201,6 @@ def _write(
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial.rename(checkpoint)
-
-
-def _room(model: SubjectModel, plan: Plan, folder: Path) -> None:
-    """Step 1."""
-    needed = plan.memory(model.d_model, next(model.module.parameters()).element_size())
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MediationError(
-            f"This training needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free; "
-            "train fewer sites at a time, or fewer latents."
-        )
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    on_disk, room = plan.disk(model.d_model), shutil.disk_usage(existing).free
-    if on_disk > room:
-        raise MediationError(
-            f"This training needs {on_disk / 2**30:.1f} GiB on disk and {room / 2**30:.1f} are free at {existing}."
-        )
 
 
 @contextmanager

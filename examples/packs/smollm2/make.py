@@ -45,7 +45,7 @@ from mediation.training.text import documents_of, held_out, kept
 
 MODEL = "SmolLM2-135M-Instruct"
 SITES = [Site.parse(f"blocks.{layer}.hook_resid_pre") for layer in (3, 8, 12, 16, 20, 25)]
-D_SAE, K, TOKENS, WINDOW, SEED = 8192, 48, 10_000_000, 128, 0
+D_SAE, K, TOKENS, BATCH, WINDOW, SEED = 8192, 48, 10_000_000, 2048, 128, 0
 SHARES = {"text": 0.68, "facts": 0.18, "chat": 0.12, "samples": 0.02}
 HELD_OUT_SHARE = 0.02
 FIDELITY_WINDOWS, LABEL_TOKENS = 256, 500_000
@@ -80,7 +80,7 @@ def train(chosen: argparse.Namespace, saes: Path) -> dict[str, Tensor]:
         SubjectModel.load("smollm2").save(cache)
     model = SubjectModel.load(cache, dtype=torch.bfloat16)
     windows, unseen = corpus(model, chosen.text, *chosen.facts, chosen.work / "samples.json", chosen.tokens)
-    plan = Plan.of(SITES, chosen.tokens, d_sae=D_SAE, k=K, normalize=True, bf16=True, seed=SEED)
+    plan = Plan.of(SITES, chosen.tokens, batch=BATCH, d_sae=D_SAE, k=K, normalize=True, bf16=True, seed=SEED)
     started = time.perf_counter()
 
     def show(done: int, of: int, figures: dict[str, float]) -> None:
