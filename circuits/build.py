@@ -1,10 +1,10 @@
 """The attribution graph of a run: top latents, what feeds them, and the behaviour, over a prompt set.
 
 Algorithm
-1. Take the strongest (role, latent) of each residual site of the run, from the node tables.
-2. On every prompt, each of their nodes is a target: its in-edges come from the residual site before it,
-   or from the token embeddings for the first site (circuits.edges). The behaviour's in-edges come from
-   the last site. One shard of edges per batch, so that a killed run resumes.
+1. Take the strongest (role, latent) of each site of the run, from the node tables.
+2. On every prompt, each of their nodes is a target, and so is the behaviour: their in-edges come from all
+   the sites, and the token embeddings, that reach them directly (circuits.edges). One shard of edges per
+   batch, so that a killed run resumes.
 3. Positions become roles, so that prompts of different wording can be added up; an edge's weight and
    contribution are means over all prompts, counting zero where it is absent.
 4. Keep edges between kept nodes, error nodes, embeddings and the behaviour.
@@ -18,22 +18,18 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from circuits.edges import EdgeBlock, Sources, Targets, behaviour_edges, edges
+from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.dictionaries import Dictionary
-from mediation.effects import total_effect
 from mediation.estimators.common import behaviour_gradient
-from mediation.estimators.integrated_gradients import path_gradient
 from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.runs import Run
-from mediation.sites import Stream
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents, trust
 
 KEEP = 200  # strongest in-edges kept of each target of each prompt
-RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
 
 
 def build_graph(
@@ -46,7 +42,7 @@ def build_graph(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> AttributionGraph:
     """Steps 1 to 4. Writes edges/ and graph.json into the run."""
-    ordered = sorted((d for d in dictionaries if d.site.stream in RESIDUAL), key=lambda d: d.site.depth)
+    ordered = sorted(dictionaries, key=lambda dictionary: dictionary.site.depth)
     nodes = graph_nodes(run, ordered, settings, model)
     with run.timed("edges"):
         for number, batch in enumerate(prepared.batches):
@@ -112,17 +108,17 @@ def _batch_edges(
     """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles."""
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
-    sources = _embeddings(model, batch, prepared, settings.baseline)
-    blocks = []
-    for state, gradient in zip(states, gradients, strict=True):
-        chosen = _chosen(state, batch, nodes)
-        targets = Targets.of(state, gradient, chosen)
-        blocks.append(edges(model, batch, sources, state, targets, chunk=settings.chunk, keep=KEEP))
-        sources = Sources.of(state)
-    last = states[-1]
-    clean, off = total_effect(model, batch, last, settings.baseline)
-    gradient = path_gradient(model, batch, last, settings.steps)
-    blocks.append(behaviour_edges(sources, gradient, clean - off))
+    sources = [Sources.of(state) for state in states]
+    if all(dictionary.site.canonical() != EMBEDDING_SITE for dictionary in dictionaries):
+        sources.append(_embeddings(model, batch, prepared, settings.baseline))
+    targets = [
+        Targets.latents(state, gradient, _chosen(state, batch, nodes))
+        for state, gradient in zip(states, gradients, strict=True)
+    ]
+    blocks = [
+        edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP),
+        behaviour_edges(model, batch, sources, steps=settings.steps),
+    ]
     return pl.concat([_by_role(block, batch, prepared) for block in blocks])
 
 
@@ -145,7 +141,7 @@ def _chosen(state: SiteState, batch: Batch, nodes: pl.DataFrame) -> Tensor:
     return torch.tensor(chosen, dtype=torch.long, device=state.row.device)
 
 
-def _by_role(block: EdgeBlock, batch: Batch, prepared: Prepared) -> pl.DataFrame:
+def _by_role(block: Edges, batch: Batch, prepared: Prepared) -> pl.DataFrame:
     """Step 3 for one block: prompt, source, target, weight, contribution, summed over positions of a role."""
     frame = block.table()
     ids = pl.DataFrame(

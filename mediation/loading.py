@@ -23,12 +23,17 @@ from mediation.errors import MediationError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names of a family: its blocks, what each adds to the residual stream, and the last norm."""
+    """Module names of a family: its blocks, what each adds to the residual stream, and the last norm.
+
+    activation: the non-linearity in a block's MLP; gated: whether it multiplies a second branch.
+    """
 
     blocks: str
     attn_out: str
     mlp_out: str
     final_norm: str = "model.norm"
+    activation: str = "mlp.act_fn"
+    gated: bool = True
 
 
 _LLAMA = Architecture("model.layers", "self_attn", "mlp")
@@ -45,8 +50,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(
         "model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out, "model.language_model.norm"
     ),
-    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f"),
-    "gpt_neox": Architecture("gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm"),
+    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", gated=False),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm", "mlp.act", gated=False
+    ),
 }
 
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json")
