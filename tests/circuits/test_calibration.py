@@ -54,7 +54,7 @@ def test_small_changes_are_exact_in_a_curved_model_and_large_ones_are_not(tmp_pa
     assert large > 1e-2
     assert edge_agreement(weights, exact).pearson < 0.9999
     errors = []
-    for size in (0.02, 0.01):
+    for size in (0.004, 0.002):
         small = [
             Sources(**(vars(each) | {"delta": size * each.delta, "rest": size * each.rest})) for each in found.sources
         ]
