@@ -3,8 +3,8 @@
 Algorithm
 1. Take the strongest (role, latent) of each site of the run, from the node tables.
 2. On every prompt, each of their nodes is a target, and so is the behaviour: their in-edges come from all
-   the sites, and the token embeddings, that reach them directly (circuits.edges). One shard of edges per
-   batch, so that a killed run resumes.
+   the sites, and the token embeddings, that reach them directly (circuits.edges). A sample of the edges is
+   patched exactly (circuits.calibration). One shard of edges per batch, so that a killed run resumes.
 3. Positions become roles, so that prompts of different wording can be added up; an edge's weight and
    contribution are means over all prompts, counting zero where it is absent.
 4. Keep edges between kept nodes, error nodes, embeddings and the behaviour.
@@ -13,11 +13,13 @@ Algorithm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import polars as pl
 import torch
 from torch import Tensor
 
+from circuits.calibration import calibrate_edges
 from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.dictionaries import Dictionary
@@ -26,6 +28,7 @@ from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.runs import Run
+from mediation.statistics import agreement
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents, trust
 
@@ -41,14 +44,19 @@ def build_graph(
     *,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> AttributionGraph:
-    """Steps 1 to 4. Writes edges/ and graph.json into the run."""
+    """Steps 1 to 4. Writes edges/, edge_calibration/ and graph.json into the run."""
     ordered = sorted(dictionaries, key=lambda dictionary: dictionary.site.depth)
     nodes = graph_nodes(run, ordered, settings, model)
     with run.timed("edges"):
         for number, batch in enumerate(prepared.batches):
             if not run.has_shard("edges", name := f"{number:05d}"):
-                run.write_shard("edges", name, _batch_edges(model, ordered, batch, prepared, nodes, settings))
+                found, measured = _batch_edges(model, ordered, batch, prepared, nodes, settings)
+                run.write_shard("edge_calibration", name, measured)
+                run.write_shard("edges", name, found)
             progress(number + 1, len(prepared.batches))
+    sample = run.read("edge_calibration")
+    agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
+    run.record(trust={"edges_vs_exact": asdict(agreed)})
     effect = set_effect(run, seed=settings.seed)
     order = run.read("nodes").group_by("role").agg(pl.col("position").mean()).sort("position")
     meta = {
@@ -104,8 +112,8 @@ def _batch_edges(
     prepared: Prepared,
     nodes: pl.DataFrame,
     settings: TraceSettings,
-) -> pl.DataFrame:
-    """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles."""
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles; a sample measured."""
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
     sources = [Sources.of(state) for state in states]
@@ -115,11 +123,26 @@ def _batch_edges(
         Targets.latents(state, gradient, _chosen(state, batch, nodes))
         for state, gradient in zip(states, gradients, strict=True)
     ]
-    blocks = [
-        edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP),
-        behaviour_edges(model, batch, sources, steps=settings.steps),
-    ]
-    return pl.concat([_by_role(block, batch, prepared) for block in blocks])
+    between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
+    into = behaviour_edges(model, batch, sources, steps=settings.steps)
+    blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
+    share = -(-settings.sample * len(batch) // sum(map(len, prepared.batches)))
+    measured = [_measured(model, batch, found, these, share, settings) for found, these in blocks]
+    return pl.concat([_by_role(found, batch, prepared) for found, _ in blocks]), pl.concat(measured)
+
+
+def _measured(
+    model: SubjectModel, batch: Batch, found: Edges, targets: Sequence[Targets], n: int, settings: TraceSettings
+) -> pl.DataFrame:
+    """A stratified sample of n edges: target (of a prompt), weight, exact_effect."""
+    chosen, exact = calibrate_edges(model, batch, targets, found, n, seed=settings.seed, chunk=settings.chunk)
+    return pl.DataFrame(
+        {
+            "target": pl.Series([found.names[k] for k in found.target[chosen].tolist()], dtype=pl.String),
+            "weight": found.weight[chosen].double().cpu().numpy(),
+            "exact_effect": exact.double().cpu().numpy(),
+        }
+    )
 
 
 def _embeddings(model: SubjectModel, batch: Batch, prepared: Prepared, baseline: Baseline) -> Sources:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.edges import Edges, Plan, Targets
 from mediation.prompts import Batch
-from mediation.statistics import Agreement, agreement, stratified_sample
+from mediation.statistics import stratified_sample
 from mediation.subject import SubjectModel
 
 
@@ -66,12 +66,7 @@ def calibrate_edges(
     seed: int = 0,
     chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """A stratified sample of n edges (long), and their exact effects; see `edge_agreement`."""
+    """A stratified sample of n edges (long), and their exact effects [n]."""
     sample = stratified_sample(found.weight.double().cpu().numpy(), n, seed=seed)
     chosen = torch.from_numpy(sample).to(found.weight.device)
     return chosen, exact_edges(model, batch, targets, found, chosen, chunk=chunk)
-
-
-def edge_agreement(weights: Tensor, exact: Tensor) -> Agreement:
-    """Pearson, Spearman and sign agreement of edges [n] with their exact effects [n]."""
-    return agreement(weights.double().cpu().numpy(), exact.double().cpu().numpy())

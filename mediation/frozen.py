@@ -127,9 +127,7 @@ def _secant(part: nn.Module, own: Any, hold: Any, z: Tensor) -> Tensor:
     return z * factor
 
 
-def _attention(
-    own: Any, hold: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
-):  # type: ignore[no-untyped-def]
+def _attention(own: Any, hold: Any, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
     if own is None:  # the eager kind, which each family's file has its own of
-        own = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    return own(module, *hold(module, query, key), value, *args, **kw)
+        own = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return own(module, *hold(module, query, key), *args, **kwargs)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuits.calibration import calibrate_edges, edge_agreement, exact_edges
+from circuits.calibration import calibrate_edges, exact_edges
 from circuits.edges import REST, Edges, Sources, Targets, edges
 from mediation.estimators.common import behaviour_gradient
 from mediation.nodes import site_states
 from mediation.prompts import Baseline, Batch
+from mediation.statistics import agreement
 from mediation.subject import SubjectModel
 from tests.setups import batch_of, linear_model, random_dictionary, tiny
 
@@ -52,7 +53,7 @@ def test_small_changes_are_exact_in_a_curved_model_and_large_ones_are_not(tmp_pa
     weights = found.weight[chosen]
     large = (exact - weights).abs().max()
     assert large > 1e-2
-    assert edge_agreement(weights, exact).pearson < 0.9999
+    assert agreement(weights, exact).pearson < 0.9999
     errors = []
     for size in (0.004, 0.002):
         small = [
@@ -62,7 +63,7 @@ def test_small_changes_are_exact_in_a_curved_model_and_large_ones_are_not(tmp_pa
         near = exact_edges(model, batch, targets, shrunk, chosen)
         errors.append((near - shrunk.weight[chosen]).norm() / near.norm())
     assert errors[1] < 0.6 * errors[0] < 0.05
-    again = edge_agreement(shrunk.weight[chosen], near)
+    again = agreement(shrunk.weight[chosen], near)
     assert again.pearson > 0.999
     assert again.n == 120
 
