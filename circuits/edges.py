@@ -20,8 +20,8 @@ Algorithm
 3. For each place, each pass seeds e_d at (copy, position of d) and pulls it back to the sites in reach: the
    layers between them and no others.
 4. Contract what arrives at each site with its sources, gathering only active decoder rows.
-5. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. Two more forwards, with
-   all sources at their clean and at their baseline values, tell d's own change; the difference is the gap.
+5. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. One more forward, with
+   all sources at their baseline, tells d's own change; the difference is the gap.
 
 Cost of N targets whose segments (layers between a place and the sites that reach it) hold P weights, with T
 tokens a prompt, n sources in reach and width d: the floor is 2 P T N operations for the backward products
@@ -57,6 +57,7 @@ from mediation.subject import Forward, SubjectModel
 EMBEDDING_SITE = Site(0, Stream.RESID_PRE)
 REST = -1  # "latent" of the source that is a whole vector: the error node, or the token embedding
 GATHERED = 2**24  # values of decoder rows gathered at a time while contracting (64 MiB)
+HELD = 2**24  # values of pulled-back gradients at one site that wait for their contraction (64 MiB)
 
 
 class Semantics(StrEnum):
@@ -294,11 +295,14 @@ def edges(
         with _model(model, semantics):
             values, leaves = plan.run(model, part, grad=True)
         for number, of_place in enumerate(passes):
+            together = max(1, HELD // (part.clean.numel() * model.d_model))
+            for start in range(0, len(of_place), together):
+                some = of_place[start : start + together]
+                pulled = [plan.pull(number, values[number], leaves, chosen, part) for chosen in some]
+                found.add(number, copies, some, pulled)
             for chosen in of_place:
-                pulled = plan.pull(number, values[number], leaves, chosen, part)
-                found.add(number, copies, chosen, pulled)
-    value, constant = plan.own_values(model, batch, semantics)
-    return found.edges(value, constant)
+                found.read(number, values[number], chosen, part)
+    return found.edges(plan.constants(model, batch, semantics))
 
 
 def behaviour_edges(
@@ -321,8 +325,10 @@ def behaviour_edges(
         for index, gradient in plan.pull(0, values[0], leaves, every, batch).items():
             mean[index] = mean.get(index, 0.0) + float(weight) * gradient
     found = _Collector(ordered, plan, keep)
-    found.add(0, list(every), every, mean)
-    return found.edges(*plan.own_values(model, batch, Semantics.GRADIENT))
+    found.add(0, list(every), [every], [mean])
+    (clean,), _ = plan.run(model, batch, grad=False)
+    found.read(0, clean, every, batch)
+    return found.edges(plan.constants(model, batch, Semantics.GRADIENT))
 
 
 def _ordered(sources: Sequence[Sources]) -> list[Sources]:
@@ -409,27 +415,31 @@ class Plan:
         )
         return {i: gradient for i, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
 
-    def own_values(self, model: SubjectModel, batch: Batch, semantics: Semantics) -> tuple[Tensor, Tensor]:
-        """Values of all targets at the clean prompt, and with all sources at their baseline, [k] each."""
+    def constants(self, model: SubjectModel, batch: Batch, semantics: Semantics) -> Tensor:
+        """Values of all targets with all sources at their baseline, [k] over all places."""
         base = [each.base for each in self.sources]
         if semantics is Semantics.LINEAR:
             frozen = Frozen(model)
             with frozen.record():
-                clean, _ = self.run(model, batch, grad=False)
+                self.run(model, batch, grad=False)
             with frozen.replay():
-                off, _ = self.run(model, batch, grad=False, held=base)
+                values, _ = self.run(model, batch, grad=False, held=base)
         else:
-            clean, _ = self.run(model, batch, grad=False)
-            off, _ = self.run(model, batch, grad=False, held=base)
-        return self.read(clean, batch), self.read(off, batch)
+            values, _ = self.run(model, batch, grad=False, held=base)
+        return self.read(values, batch)
 
     def read(self, values: Sequence[Tensor], batch: Batch) -> Tensor:
         """The targets' functionals of their places' values, [k] over all places."""
-        parts = []
-        for number, (each, value) in enumerate(zip(self.targets, values, strict=True)):
-            at = value[each.row, self.columns(number, batch)]
-            parts.append((at * each.vector.to(at)).sum(-1))
+        parts = [
+            self.read_place(number, value, self.targets[number].row, torch.arange(len(self.targets[number])), batch)
+            for number, value in enumerate(values)
+        ]
         return torch.cat(parts) if parts else torch.zeros(0)
+
+    def read_place(self, number: int, value: Tensor, rows: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        """Values [n] of n targets (long) of one place, each on a row of its value."""
+        vector = self.targets[number].vector[targets]
+        return (value.detach()[rows, self.columns(number, batch)[targets]] * vector.to(value)).sum(-1)
 
 
 def _value(place: Place, run: Forward, batch: Batch, kept: Tensor | None) -> Tensor:
@@ -455,31 +465,46 @@ class _Collector:
         self.offsets = np.cumsum([0, *sizes]).tolist()
         self.device = sources[0].x.device if sources else torch.device("cpu")
         self.total = torch.zeros(self.offsets[-1], device=self.device)
+        self.value = torch.zeros_like(self.total)
         self.pieces: list[tuple[Tensor, ...]] = []
 
-    def add(self, number: int, copies: list[int], chosen: Mapping[int, int], pulled: Mapping[int, Tensor]) -> None:
-        """`pulled` [copies, T, d], by source, are the gradients of the targets `chosen` (copy -> target)."""
-        of_row: dict[int, list[int]] = defaultdict(list)
-        for copy in chosen:
-            of_row[copies[copy]].append(copy)
+    def add(
+        self,
+        number: int,
+        copies: list[int],
+        chosen: Sequence[Mapping[int, int]],
+        pulled: Sequence[Mapping[int, Tensor]],
+    ) -> None:
+        """Gradients `pulled` [copies, T, d], by source, of the targets `chosen` (copy -> target), for some passes."""
+        of_row: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for turn, each in enumerate(chosen):
+            for copy, target in each.items():
+                of_row[copies[copy]].append((turn * len(copies) + copy, target))
+        together = {index: torch.cat([each[index] for each in pulled]) for index in pulled[0]}
         for row, held in of_row.items():
-            if pulled:
-                targets = [chosen[copy] for copy in held]
-                self._add_row(number, row, targets, {index: each[held] for index, each in pulled.items()})
+            if together:
+                at, targets = map(list, zip(*held, strict=True))
+                self._add_row(number, row, targets, {index: each[at] for index, each in together.items()})
+
+    def read(self, number: int, value: Tensor, chosen: Mapping[int, int], batch: Batch) -> None:
+        """The own values of the targets `chosen` (copy -> target), from the value of their place."""
+        copies, targets = (torch.tensor(list(each), device=self.device) for each in (chosen, chosen.values()))
+        found = self.plan.read_place(number, value, copies, targets, batch)
+        self.value[targets + self.offsets[number]] = found
 
     def _add_row(self, number: int, row: int, targets: list[int], pulled: Mapping[int, Tensor]) -> None:
         parts = [self._weights(index, row, gradient) for index, gradient in pulled.items()]
         source, position, latent = (torch.cat([part[column] for part in parts]) for column in range(3))
         weights = torch.cat([part[3] for part in parts], dim=1)
-        before = position <= self.plan.targets[number].position[targets].unsqueeze(1)
-        named = [self.offsets[number] + target for target in targets]
-        self.total[named] = torch.where(before, weights, 0.0).sum(dim=1)
-        for target, weight, allowed in zip(named, weights, before, strict=True):
-            kept = allowed.nonzero()[:, 0]
-            if self.keep is not None and len(kept) > self.keep:
-                kept = kept[weight[kept].abs().argsort(descending=True, stable=True)[: self.keep]]
-            piece = (torch.full_like(kept, target), source[kept], position[kept], latent[kept], weight[kept])
-            self.pieces.append(piece)
+        kept = position <= self.plan.targets[number].position[targets].unsqueeze(1)
+        named = torch.tensor(targets, device=self.device) + self.offsets[number]
+        weights = torch.where(kept, weights, 0.0)
+        self.total[named] = weights.sum(dim=1)
+        if self.keep is not None and self.keep < weights.shape[1]:
+            strongest = torch.where(kept, weights.abs(), -1.0).topk(self.keep, dim=1).indices
+            kept = kept & torch.zeros_like(kept).scatter_(1, strongest, True)
+        target, at = kept.nonzero(as_tuple=True)
+        self.pieces.append((named[target], source[at], position[at], latent[at], weights[target, at]))
 
     def _weights(self, index: int, row: int, pulled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Source, position and latent [n] of a row's sources at one site, and their edges [c, n]."""
@@ -492,7 +517,7 @@ class _Collector:
         weights = torch.cat([_latents(sources, mine, pulled), rest], dim=1)
         return torch.full_like(position, index), position, latent, weights
 
-    def edges(self, value: Tensor, constant: Tensor) -> Edges:
+    def edges(self, constant: Tensor) -> Edges:
         """All edges so far, ordered by target."""
         long = torch.zeros(0, dtype=torch.long, device=self.device)
         empty = (long, long, long, long, self.total.new_zeros(0))
@@ -512,7 +537,7 @@ class _Collector:
             weight=weight,
             contribution=weight * gain[target],
             total=self.total,
-            value=value,
+            value=self.value,
             constant=constant,
         )
 
