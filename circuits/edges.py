@@ -162,13 +162,13 @@ class Targets:
 
     @classmethod
     def latents(cls, state: SiteState, gradient: Tensor, chosen: Tensor) -> Targets:
-        """Pre-activations of the state's nodes `chosen` (long [k]); `gradient` is dm/dx [B, T, d] there."""
+        """Pre-activations of the state's nodes `chosen` (long [k]); `gradient` is dm/dx [B, T, d] where they write."""
         row, position, latent = state.row[chosen], state.position[chosen], state.latent[chosen]
         dictionary = state.dictionary
         gain = (gradient[row, position] * dictionary.decoder[latent]).sum(-1)
         where = zip(position.tolist(), latent.tolist(), strict=True)
         names = tuple(latent_id(dictionary.site.name, *each) for each in where)
-        return cls(dictionary.site, row, position, dictionary.encoder[latent], gain, names)
+        return cls(dictionary.reads, row, position, dictionary.encoder[latent], gain, names)
 
     @classmethod
     def directions(cls, site: Site, row: Tensor, position: Tensor, vector: Tensor, names: Sequence[str]) -> Targets:

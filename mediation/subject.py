@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from nnsight import NNsight
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from mediation.errors import MediationError
@@ -75,6 +76,7 @@ class SubjectModel:
             Stream.RESID_PRE: ".input",
             Stream.RESID_POST: "",
             Stream.ATTN_OUT: f".{names.attn_out}",
+            Stream.MLP_IN: ".mlp.input",
             Stream.MLP_OUT: f".{names.mlp_out}",
         }
         self._paths = {
@@ -295,7 +297,7 @@ class SubjectModel:
         Returns what arrived at the site and what the model goes on with.
         """
         hook = self._hooks[site]
-        at_input = site.stream is Stream.RESID_PRE
+        at_input = site.stream in (Stream.RESID_PRE, Stream.MLP_IN)
         given = hook.input if at_input else hook.output
         raw = given[0] if isinstance(given, tuple) else given
         arrived = value = raw.float()
@@ -334,7 +336,12 @@ def prove(model: SubjectModel) -> None:
     sites = [Site(layer, stream) for layer in range(model.n_layers) for stream in Stream]
     with torch.no_grad():
         bare = model.module(input_ids=tokens.to(model.device), use_cache=False).logits.float()
-    same = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.clone))
+    try:
+        same = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.clone))
+    except OutOfOrderError as error:
+        raise MediationError(
+            f"{model.name} cannot be hooked: its sites are not in the order of their names."
+        ) from error
     assert same.logits is not None
     if not torch.equal(same.logits, bare):
         raise MediationError(f"{model.name} cannot be hooked: writing its own residual stream back changes its logits.")

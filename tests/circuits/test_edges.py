@@ -27,6 +27,7 @@ from circuits.edges import (
     behaviour_edges,
     edges,
 )
+from mediation.dictionaries import Coordinates
 from mediation.effects import total_effect
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour, behaviour_gradient
@@ -46,6 +47,7 @@ MIX = (
     "blocks.2.hook_attn_out",
     "blocks.2.hook_mlp_out",
 )
+TRANSCODED = {MIX[3]: "blocks.1.ln2.hook_normalized", MIX[5]: "blocks.2.hook_mlp_in"}
 BETWEEN = Site.parse("blocks.1.hook_resid_post")  # a place of directions where no dictionary is
 STEP = 1e-4  # of the finite differences, in float64
 
@@ -77,7 +79,9 @@ def build(folder: Path, kind: str, baseline: Baseline, names: tuple[str, ...] = 
     model, batch = tiny(folder / kind, kind), make_batch()
     kinds = ("standard", "jumprelu")
     dictionaries = [
-        random_dictionary(folder / f"{kind}-{i}", name, architecture=kinds[i % 2], d_sae=10, seed=i)
+        random_dictionary(
+            folder / f"{kind}-{i}", name, architecture=kinds[i % 2], d_sae=10, seed=i, reads=TRANSCODED.get(name)
+        )
         for i, name in enumerate(names)
     ]
     states = site_states(model, batch, dictionaries, baseline)
@@ -150,6 +154,8 @@ def held_run(module: Any, tokens: Tensor, held: Mapping[Site, Tensor], read: lis
             block = module.model.layers[site.layer]
             if site.stream is Stream.RESID_PRE:
                 handle = block.register_forward_pre_hook(at_input(site), with_kwargs=True)
+            elif site.stream is Stream.MLP_IN:
+                handle = block.mlp.register_forward_pre_hook(at_input(site), with_kwargs=True)
             else:
                 part = {Stream.ATTN_OUT: block.self_attn, Stream.MLP_OUT: block.mlp}.get(site.stream, block)
                 handle = part.register_forward_hook(at_output(site))
@@ -297,7 +303,9 @@ def values_of(
 ) -> Tensor:
     """Values of latents' pre-activations and of last-position logits with every source site held."""
     held = {each.site: each.x for each in found.sources} | changed
-    run = model.forward(batch.clean, batch.mask, cut=list(held), edit={s: lambda _, v=v: v for s, v in held.items()})
+    read = [each.place for each in targets if isinstance(each.place, Site) and each.place not in held]
+    edit = {s: lambda _, v=v: v for s, v in held.items()}
+    run = model.forward(batch.clean, batch.mask, read=read, cut=list(held), edit=edit)
     assert run.logits is not None
     parts = []
     for each in targets:
@@ -422,6 +430,27 @@ def test_a_residual_site_hides_what_is_before_it_and_a_branch_only_itself(settin
     assert {s for s, t in reached if t == MIX[4]} == {wall, MIX[3]}
     assert {s for s, t in reached if t == "target"} == set(MIX[2:])
     assert {s for s, t in reached if t == "a"} == {wall, MIX[3]}
+
+
+def test_coordinates_are_nodes_without_a_dictionary(setting: Setting) -> None:
+    """They read what they write, leave no error, and carry together what latents and errors carry."""
+    model, batch, states, sources, targets = setting
+    plain = [Coordinates(state.dictionary.site, D_MODEL) for state in states]
+    there = site_states(model, batch, plain, Baseline.CORRUPT)
+    assert all(not state.error.any() for state in there)
+    assert torch.equal(there[0].clean, there[0].x[there[0].row, there[0].position, there[0].latent])
+    found = edges(model, batch, [Sources.of(state) for state in there] + [sources[-1]], targets)
+    reference = edges(model, batch, sources, targets)
+    for source in range(len(sources)):
+        sums = []
+        for each in (found, reference):
+            mine = each.source == source
+            sums.append(torch.zeros_like(each.total).index_add(0, each.target[mine], each.weight[mine]))
+        assert torch.allclose(*sums, atol=1e-4)
+    assert set(found.latent[found.source == 1].tolist()) == {REST, *range(D_MODEL)}
+    node = Targets.latents(there[2], torch.zeros_like(there[2].x), torch.tensor([5]))
+    own = edges(model, batch, sources, [node])
+    assert torch.allclose(own.value, there[2].clean[5], atol=1e-5)
 
 
 def test_parallel_branches_do_not_feed_each_other(tmp_path: Path) -> None:
