@@ -241,6 +241,19 @@ def test_contribution_is_the_edge_times_the_targets_effect_on_the_behaviour(sett
             assert float(each.gain[k]) == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=1e-3, abs=1e-5)
 
 
+def test_a_latents_target_is_its_pre_activation(setting: Setting) -> None:
+    """Where a latent is on, target and activation differ by its bias, the same at every row and position."""
+    model, batch, states, sources, _ = setting
+    for state in states:
+        on = (state.clean > 0).nonzero()[:, 0]
+        found = edges(model, batch, sources, [Targets.latents(state, torch.zeros_like(state.x), on)])
+        for latent in state.latent[on].unique():
+            biases = (state.clean[on] - found.value)[state.latent[on] == latent]
+            assert (biases.max() - biases.min()) < 1e-4
+        counts = state.latent[on].bincount()
+        assert counts.max() > 1
+
+
 # Sums --------------------------------------------------------------------------------------------------------
 
 
