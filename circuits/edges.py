@@ -369,10 +369,11 @@ class Plan:
 
         `held` are values that the sites go on with, in place of the model's own.
         """
-        cut = [each.site for each in self.sources]
+        first = min((index for reach in self.reach for index in reach), default=len(self.sources))
+        cut = [each.site for each in self.sources[first:]]  # what comes before reaches nothing
         places = [each.place for each in self.targets]
         read = [place for place in dict.fromkeys(places) if isinstance(place, Site) and place not in cut]
-        edit = None if held is None else {s: lambda _, v=v: v for s, v in zip(cut, held, strict=True)}
+        edit = None if held is None else {s: lambda _, v=v: v for s, v in zip(cut, held[first:], strict=True)}
         ends = any(isinstance(place, Output) for place in places)
         deepest = max((place.depth for place in places if isinstance(place, Site)), default=0)
         cut = [site for site in cut if ends or site.depth <= deepest]

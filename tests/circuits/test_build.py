@@ -48,6 +48,8 @@ def test_every_site_is_in_the_graph_and_nothing_dangles(built: tuple[Attribution
     digraph = graph.digraph
     sites = {data["site"] for _, data in digraph.nodes(data=True) if data["kind"] == NodeKind.LATENT}
     assert sites == set(SITES)
+    into_first = {source.split("/")[0] for source, target in digraph.edges if target.startswith(SITES[0])}
+    assert into_first == {"embed"}
     assert all(digraph.out_degree(name) for name in digraph if name != TARGET)
     for source, target in digraph.edges:
         if target != TARGET and not source.startswith("embed"):
