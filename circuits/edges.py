@@ -66,7 +66,8 @@ class Semantics(StrEnum):
     GRADIENT = "gradient"
     """The model as it is. First order: right for small changes, and where the model is not curved. The default."""
     LINEAR = "linear"
-    """Attention patterns, norms' divisors and MLP factors held: edges add up exactly; what moves those is not seen."""
+    """Attention patterns, norms' divisors and MLP factors held: edges add up exactly; what moves those is not seen.
+    Only a log-probability's normaliser, and the soft-cap of Gemma 2's logits, stay curved."""
 
 
 class Output(StrEnum):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,3 +72,21 @@ def test_recorded_gradient_is_the_linear_models_slope(model: SubjectModel) -> No
             moved = model.forward(TOKENS, MASK, read=[LAST], edit={FIRST: lambda _, s=start: s}, logits=False)
             values.append(moved.sites[LAST][0, 4] @ direction)
     assert float((gradient * change).sum()) == pytest.approx(float(values[0] - values[1]), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_eager_attention_is_frozen_as_well(tmp_path: Path, kind: str) -> None:
+    """Each family has an eager function of its own; replay moves the last site by the same amount either way."""
+    moves = []
+    for attention in ("sdpa", "eager"):
+        model = tiny(tmp_path / attention, kind)
+        model.module.set_attn_implementation(attention)
+        frozen = Frozen(model)
+        with frozen.record():
+            clean = model.forward(TOKENS, MASK, read=[FIRST, LAST], logits=False).sites[FIRST]
+        other = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        with frozen.replay():
+            moves.append(last_value(model, other) - last_value(model, clean))
+        free = last_value(model, other) - last_value(model, clean)
+        assert (free - moves[-1]).abs().max() > 1e-2
+    assert torch.allclose(*moves, atol=1e-4)
