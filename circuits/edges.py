@@ -169,7 +169,8 @@ class Targets:
         gain = (gradient[row, position] * dictionary.decoder[latent]).sum(-1)
         where = zip(position.tolist(), latent.tolist(), strict=True)
         names = tuple(latent_id(dictionary.site.name, *each) for each in where)
-        return cls(dictionary.reads, row, position, dictionary.encoder[latent], gain, names)
+        vector = dictionary.rows(state.read[row, position], latent)
+        return cls(dictionary.reads, row, position, vector, gain, names)
 
     @classmethod
     def directions(cls, site: Site, row: Tensor, position: Tensor, vector: Tensor, names: Sequence[str]) -> Targets:

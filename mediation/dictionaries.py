@@ -176,6 +176,10 @@ class Dictionary(Autoencoder):
             digest = _weights_hash(sae)
         return cls(sae, name=name, site=_resolve_site(sae, name, site), content_hash=digest, folder=folder)
 
+    def rows(self, read: Tensor, latent: Tensor) -> Tensor:
+        """What n latents (long) read off `read` [n, d_model]: their encoder rows [n, d_model], wherever they are."""
+        return self.encoder[latent]
+
     def check(self, model: SubjectModel) -> None:
         """Refuse (MediationError) a model of another width, too few layers, or another name."""
         if self.d_model != model.d_model or self.decoder.shape[1] != model.d_model:

@@ -31,12 +31,14 @@ ENCODE_TOKENS = 512  # tokens encoded at a time: the only dense [tokens, d_sae] 
 class SiteState:
     """One site of one batch. Shapes: B rows, T positions, d = d_model, n active nodes.
 
-    `x` and `baseline_x` are [B, T, d]; `row`, `position`, `latent`, `clean`, `baseline` are [n];
-    `error` is [B, T, d], the error node's difference; `free` is [B, T], True where nodes may be.
+    `x`, `baseline_x` and `read` are [B, T, d], the last what the latents were read off: `x` itself but for a
+    transcoder; `row`, `position`, `latent`, `clean`, `baseline` are [n]; `error` is [B, T, d], the error
+    node's difference; `free` is [B, T], True where nodes may be.
     """
 
     dictionary: Dictionary
     x: Tensor
+    read: Tensor
     baseline_x: Tensor
     row: Tensor
     position: Tensor
@@ -142,7 +144,8 @@ def site_state(
     else:
         row = position = latent = torch.zeros(0, dtype=torch.long, device=x.device)
         clean = off = torch.zeros(0, device=x.device)
-    return SiteState(dictionary, x, baseline_x, row, position, latent, clean, off, x - baseline_x - explained, free)
+    error = x - baseline_x - explained
+    return SiteState(dictionary, x, value.read, baseline_x, row, position, latent, clean, off, error, free)
 
 
 def site_states(
