@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mediation.dictionaries import Dictionary
+from mediation.dictionaries import Dictionary, attention_sinks
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition
 from mediation.subject import SubjectModel
-from mediation.training.activations import SINK_NORM, windows
+from mediation.training.activations import windows
 
 BEFORE, AFTER = 10, 5  # tokens of a context on either side of its peak
 WINDOW = 128  # tokens read at a time
@@ -137,8 +137,7 @@ def blocks(
 
 def judged(x: Tensor, tokens: Tensor, bos: int | None) -> Tensor:
     """Positions [w, T] that count: not the first, not BOS, no attention sink; x [w, T, d_model]."""
-    norms = x.norm(dim=-1)
-    kept = norms <= SINK_NORM * norms.median(dim=1, keepdim=True).values
+    kept = ~attention_sinks(x, torch.ones_like(tokens, dtype=torch.bool))
     kept[:, 0] = False
     return kept if bos is None else kept & (tokens != bos)
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
 TRAINING_ARCHITECTURES = ("batchtopk", "matryoshka_batchtopk")  # saved for inference as jumprelu
 LAYER_NORM_EPS = 1e-5  # SAELens adds it to the standard deviation on the way in and not on the way out
+SINK_NORM = 10.0  # as SAE dashboards leave out
 FLOOR_VARIANCE_EXPLAINED = 0.5
 FLOOR_CROSS_ENTROPY_RECOVERED = 0.8
 MAX_DENSE_LATENTS = 2**26  # latent values held at once while fidelity is measured (256 MiB)
@@ -232,17 +233,18 @@ def measure_fidelity(
 ) -> Fidelity:
     """Fidelity on tokens [batch, pos] with mask [batch, pos] (true = real token).
 
-    The dictionary is judged, and stands in, at real positions that are not BOS, nor the first one (an
-    attention sink) under `skip_first`; cross-entropy runs over all real next tokens. Warns below the floors.
+    The dictionary is judged, and stands in, at real positions that are not BOS, nor the first one under
+    `skip_first`, nor attention sinks, whose norms would drown all others in the variance; cross-entropy runs over
+    all real next tokens. Warns below the floors.
     """
     mask = mask.bool()
     judged = mask if model.bos_id is None else mask & (tokens != model.bos_id)
     if skip_first:
         judged = judged & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
-    n = int(judged.sum())
-    if n < 2:
+    if int(judged.sum()) < 2:
         raise MediationError("Fidelity needs at least two real tokens after BOS; give longer prompts.")
 
+    n = 0
     total = squares = torch.zeros(dictionary.d_model, dtype=torch.float64)
     error, active = 0.0, 0
     losses = torch.zeros(3, dtype=torch.float64)  # bare model, dictionary at the site, zeros at the site
@@ -250,7 +252,8 @@ def measure_fidelity(
         batch, real = (t[rows : rows + batch_size].to(model.device) for t in (tokens, mask))
         clean = model.forward(batch, real, read=[dictionary.site, dictionary.reads])
         x, read = (clean.sites[site].to(dictionary.decoder) for site in (dictionary.site, dictionary.reads))
-        here = judged[rows : rows + batch_size].to(x.device)
+        here = judged[rows : rows + batch_size].to(x.device) & ~attention_sinks(x, real.to(x.device))
+        n += int(here.sum())
         reconstruction = torch.zeros_like(x)
         reconstruction[here], batch_error, batch_active = _reconstruct(dictionary, x[here], read[here])
         error, active = error + batch_error, active + batch_active
@@ -264,6 +267,8 @@ def measure_fidelity(
             batch_losses.append(_cross_entropy(model.forward(batch, real, edit=edit).logits, batch, real))
         losses += torch.tensor(batch_losses, dtype=torch.float64)
 
+    if n < 2:
+        raise MediationError("Fidelity found hardly a token that is no attention sink; give other prompts.")
     variance = (squares - total.square() / n).sum().item()
     bare, replaced, zeroed = losses.tolist()
     fidelity = Fidelity(
@@ -274,6 +279,12 @@ def measure_fidelity(
     )
     _warn_below_floor(dictionary, fidelity)
     return fidelity
+
+
+def attention_sinks(x: Tensor, real: Tensor) -> Tensor:
+    """Positions [B, T] whose norm is over `SINK_NORM` times the median of their row's; x [B, T, d], real [B, T]."""
+    norms = x.norm(dim=-1).masked_fill(~real, torch.nan)
+    return norms > SINK_NORM * norms.nanmedian(dim=1, keepdim=True).values
 
 
 def _reconstruct(dictionary: Dictionary, x: Tensor, read: Tensor) -> tuple[Tensor, float, int]:

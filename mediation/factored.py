@@ -44,6 +44,7 @@ TAILS = ((1 / 32, 1 / 16, 1 / 8), (1 / 4, 1 / 2))  # t, small ones until they fi
 STABLE = 5  # starts that must meet at a set
 LEAST_MEMBERS = 4
 LEAST_EXCESS = 0.15  # R^2 above chance, of what is left to 1
+CLEAR_EXCESS = 0.35  # of an attribute's values on average, of a value left over, and of a fact of its own
 RELATIVE_EXCESS = 0.5  # and relative to the clearest set of the round
 SAME = 0.7  # intersection over union from which two sets are one
 INSIDE = 0.85  # share of a set in another from which it counts as its subset
@@ -74,6 +75,8 @@ def train_factored(
     rows = checked_rows(rows).cpu()
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MAX_ROWS].sort().values
     rows = rows[chosen]
+    if len(rows) < 4 * LEAST_MEMBERS:
+        raise MediationError(f"{len(rows)} decoder rows are too few to share facts; use MatchingPursuit.")
     values = find_values(rows, seed=seed, progress=progress)
     if not values.members.shape[1]:
         raise MediationError("These rows share no fact that a linear readout could tell; use a sparse meta-SAE.")
@@ -93,7 +96,8 @@ def find_values(rows: Tensor, *, seed: int = 0, progress: Progress = lambda done
             break
         attributes += new
         known = torch.cat(attributes, dim=1)
-    if sets.shape[1] and known.shape[1]:
+    sets = sets[:, search.excess(sets) > CLEAR_EXCESS]
+    if known.shape[1]:
         sets = sets[:, explained(sets, known) < 1 - UNEXPLAINED]
     index = [torch.full((part.shape[1],), number) for number, part in enumerate(attributes)]
     index.append(torch.full((sets.shape[1],), -1))
@@ -156,14 +160,14 @@ class _Search:
                 continue
             members = sets[:, parts]
             left = ~members.any(1)
-            if left.float().mean() > OVERLAP / 4:
+            if left.float().mean() > OVERLAP / 4 and self.excess(left[:, None]) > CLEAR_EXCESS:
                 members = torch.cat([members, left[:, None]], dim=1)
             if members.shape[1] < 2:
                 continue
             members = self._reassign(members)
             before = torch.cat([known, *found], dim=1)
             new = not before.shape[1] or explained(members, before).median() < UNEXPLAINED
-            if new and self.excess(members).min() > LEAST_EXCESS:
+            if new and self.excess(members).mean() > CLEAR_EXCESS:
                 taken |= set(parts)
                 found.append(members)
         return found
@@ -282,17 +286,15 @@ def partitions(sets: Tensor) -> list[list[int]]:
     """
     n, both = len(sets), sets.float().T @ sets.float()
     size = both.diagonal()
+    exclude = both <= OVERLAP * torch.minimum(size, size[:, None])
     families: dict[tuple[int, ...], tuple[int, float]] = {}
     for first in range(len(size)):
-        for second in range(len(size)):
-            if second == first or both[first, second] > OVERLAP * min(size[first], size[second]):
-                continue
+        for second in exclude[first].nonzero()[:, 0].tolist():
             family = [first, second]
             shared = both[first] + both[second]
             covered = size[first] + size[second]
             while True:
-                free = shared <= OVERLAP * size
-                free[family] = False
+                free = exclude[family].all(0) & (shared <= OVERLAP * size)
                 if not free.any():
                     break
                 expected = size * covered / n

@@ -203,8 +203,9 @@ def controls(
 
 
 def kind_of(label: str) -> str:
-    """ "profession" of "profession=baker"; any other label is a kind of its own."""
-    return label.split("=", 1)[0]
+    """ "profession" of "profession=baker" (no space before the sign); any other label is a kind of its own."""
+    attribute, sign, _ = label.partition("=")
+    return attribute if sign and attribute and not any(map(str.isspace, attribute)) else label
 
 
 def find_hidden_facts(

@@ -6,7 +6,7 @@
 2. For every attribute=value, the Mann-Whitney statistic of the score on texts with the tag against all
    others, as a z-score corrected for ties. The label is the tag with the largest z, kept when its p-value
    survives Holm's correction over all tags of that meta-latent, and when the score tells such texts from others
-   (area under the ROC curve at least `LEAST_SCORE`): among many texts a meta-latent that fires on three of
+   (area under the ROC curve at least `least_score`): among many texts a meta-latent that fires on three of
    them by chance is "significant" and names nothing.
 
 *Logit lens* (nostalgebraist 2020): the tokens whose logit the direction raises most, with the final
@@ -57,7 +57,9 @@ def meta_scores(
     return latents[:, used] @ codes
 
 
-def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: float = 0.01) -> pl.DataFrame:
+def enrichment(
+    scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: float = 0.01, least_score: float = LEAST_SCORE
+) -> pl.DataFrame:
     """Label meta-latents by the tag they are enriched for; scores [n_texts, n_meta], one dict of tags a text.
 
     Returns columns meta, label ("attribute=value"), score (area under the ROC curve), p (Holm-corrected),
@@ -85,16 +87,11 @@ def enrichment(scores: Tensor, tags: Sequence[Mapping[str, str]], *, alpha: floa
     p = np.minimum(stats.norm.sf(z[best, columns]) * len(names), 1.0)
     auc = u[best, columns] / np.maximum(inside * outside, 1)[best, 0]
     table = pl.DataFrame({"meta": columns, "label": [names[k] for k in best], "score": auc, "p": p})
-    return table.filter((pl.col("p") <= alpha) & (pl.col("score") >= LEAST_SCORE))
-
-
-def logit_lens(model: SubjectModel, directions: Tensor, n: int = 4) -> list[list[str]]:
-    """The `n` tokens each direction [m, d_model] raises most."""
-    return logit_effects(model, directions, n)[0]
+    return table.filter((pl.col("p") <= alpha) & (pl.col("score") >= least_score))
 
 
 def logit_effects(model: SubjectModel, directions: Tensor, n: int) -> tuple[list[list[str]], list[list[str]]]:
-    """The `n` tokens each direction [m, d_model] raises most, and the `n` it lowers most."""
+    """Logit lens: the `n` tokens each direction [m, d_model] raises most, and the `n` it lowers most."""
     unembedding = model.module.get_output_embeddings().weight.detach().float()
     centred = (unembedding - unembedding.mean(dim=0)) * final_norm_scale(model)
     up, down = [], []
@@ -183,34 +180,3 @@ def _joined(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
             columns.append(pl.coalesce(f"{name}:new", name).alias(name))
     rest = [name for name in old.columns[1:] if name not in new.columns]
     return both.select("index", *columns, *rest)
-
-
-def latent_contexts(dictionary: Dictionary, x: Tensor, tokens: Tensor, n: int = 5) -> list[list[int]]:
-    """The `n` distinct token ids on which each latent's largest activations lie.
-
-    x [m, d_model] are the site's values on the tokens [m]; memory stays at 1,024 dense rows plus 4 n pairs a
-    latent, because only the strongest of each block are kept.
-    """
-    pool = 4 * n
-    best = torch.zeros(pool, dictionary.d_sae)
-    where = torch.zeros(pool, dictionary.d_sae, dtype=torch.long)
-    for start in range(0, len(x), 1024):
-        latents = dictionary.encode(x[start : start + 1024].float())
-        index = torch.arange(start, start + len(latents))[:, None].expand_as(latents)
-        best, order = torch.cat([best, latents]).topk(pool, dim=0)
-        where = torch.cat([where, index]).gather(0, order)
-    contexts = []
-    for column, values in zip(tokens[where].T.tolist(), best.T.tolist(), strict=True):
-        seen = dict.fromkeys(token for token, value in zip(column, values, strict=True) if value > 0)
-        contexts.append(list(seen)[:n])
-    return contexts
-
-
-def meta_label(lens: Sequence[str], contexts: Sequence[Sequence[str]], n: int = 3) -> str:
-    """A short name: tokens that several of the strongest members fire on, then what the direction promotes."""
-    counts: dict[str, int] = {}
-    for member in contexts:
-        for word in dict.fromkeys(token.strip() for token in member):
-            counts[word] = counts.get(word, 0) + 1
-    shared = sorted((word for word in counts if word), key=lambda word: -counts[word])[:n]
-    return f"on {' '.join(shared)} -> {' '.join(token.strip() for token in lens[:n])}"

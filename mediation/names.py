@@ -25,7 +25,7 @@ from mediation.contexts import Block, Context
 
 WORDS = 5  # in a name at most
 SHARED = 2  # contexts that a word must cover
-FLOOR = 0.25  # of hit rate less false-alarm rate, up to which contexts are said to share nothing
+FLOOR = 0.15  # of hit rate less false-alarm rate, up to which contexts are said to share nothing
 FEW = 5  # held-out activations below which a name has no score
 
 

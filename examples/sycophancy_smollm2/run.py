@@ -25,20 +25,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from mediation import commands
+from mediation.contexts import Reader
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour
-from mediation.labels import latent_contexts, logit_lens, meta_label, save_labels
+from mediation.labelling import label_readers
+from mediation.labels import save_labels
 from mediation.metalatents import MetaDictionary
 from mediation.prompts import Baseline, PromptSet, batches, tokenize
 from mediation.sites import Site
 from mediation.subject import SubjectModel
-from mediation.training.activations import Activations, collect_activations, token_windows
+from mediation.training.activations import collect_activations, token_windows
 from mediation.training.commands import held_out_figures
 from mediation.training.several import Plan, train_saes
 from mediation.training.text import documents_of, held_out, kept
@@ -47,7 +48,7 @@ HERE = Path(__file__).parent
 SITES = [Site.parse("blocks.9.hook_resid_pre"), Site.parse("blocks.15.hook_resid_pre")]
 META_SITE = SITES[-1]
 MODEL = "SmolLM2-135M-Instruct"  # in the cache: the GGUF's weights as safetensors, which open faster
-HELD_OUT_TOKENS = 40_000
+HELD_OUT_TOKENS, LABEL_TOKENS = 40_000, 60_000
 D_SAE, K, TOKENS, BATCH, WINDOW = 4096, 32, 1_300_000, 1024, 64  # windows are as long as the prompts
 META_WIDTH, META_K = 1024, 4
 PAIRS = 48
@@ -114,7 +115,9 @@ def train(texts: list[Path], places: list[dict[str, str]], cache: Path) -> dict[
     unseen = corpus(model, held_out(documents), places, HELD_OUT_TOKENS)
     held = collect_activations(model, unseen.tolist(), SITES, n_tokens=HELD_OUT_TOKENS)
     figures = {site.name: held_out_figures(Dictionary.load(saes / site.name), held.x[site]) for site in SITES}
-    figures["meta"] = train_meta(saes / META_SITE.name, meta, held, SubjectModel.load(cache / MODEL))
+    figures["meta"] = train_meta(
+        saes / META_SITE.name, meta, held.x[META_SITE], texts, SubjectModel.load(cache / MODEL)
+    )
     (cache / "training.json").write_text(json.dumps(figures), encoding="utf-8")
     return figures
 
@@ -145,23 +148,19 @@ def filled(places: list[dict[str, str]], model: SubjectModel) -> Iterator[str]:
             yield model.chat(messages, add_generation_prompt=False)
 
 
-def train_meta(sae: Path, folder: Path, activations: Activations, model: SubjectModel) -> dict[str, float]:
+def train_meta(sae: Path, folder: Path, held: Tensor, texts: list[Path], model: SubjectModel) -> dict[str, float]:
+    """On the rows of latents that fire; labels for latents and meta-latents from the text."""
     dictionary = Dictionary.load(sae)
-    held = activations.x[META_SITE]
     density = torch.stack([(dictionary.encode(x.float()) > 0).float().mean(0) for x in held.split(1024)]).mean(0)
     rows = dictionary.decoder[density > 1e-5]
     meta = MetaDictionary.train(
         rows, width=META_WIDTH, k=META_K, steps=800, restarts=1, base_hash=dictionary.content_hash
     )
     meta.save(folder)
-    words = [
-        [model.tokenizer.decode([token]) for token in row]
-        for row in latent_contexts(dictionary, held, activations.tokens)
-    ]
-    strongest = meta.codes(dictionary.decoder).topk(6, dim=0).indices.T.tolist()
-    lens = logit_lens(model, meta.directions)
-    labels = [meta_label(tokens, [words[i] for i in members]) for tokens, members in zip(lens, strongest, strict=True)]
-    save_labels(folder, pl.DataFrame({"meta": range(len(labels)), "label": labels}))
+    ((latents, metas),) = label_readers(model, [Reader(dictionary, meta)], texts, n_tokens=LABEL_TOKENS)
+    save_labels(sae, latents)
+    assert metas is not None
+    save_labels(folder, metas)
     return {"rows": len(rows), "variance_explained": meta.variance_explained(rows)}
 
 

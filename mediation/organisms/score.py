@@ -27,7 +27,7 @@ from torch import Tensor
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.facts import FactSettings, find_hidden_facts, split_prompt
-from mediation.labels import enrichment, meta_scores
+from mediation.labels import LEAST_SCORE, enrichment, meta_scores
 from mediation.metalatents import Decomposition, MatchingPursuit, MetaDictionary, rotated
 from mediation.organisms.world import World, opinion_rows
 from mediation.prompts import Baseline, PromptSet, collate, tokenize
@@ -79,14 +79,19 @@ class Organism:
 
 
 def label_parts(
-    model: SubjectModel, dictionary: Dictionary, decomposition: Decomposition, world: World
+    model: SubjectModel,
+    dictionary: Dictionary,
+    decomposition: Decomposition,
+    world: World,
+    least_score: float = LEAST_SCORE,
 ) -> pl.DataFrame:
     """Step 1: labels of a decomposition's parts, from the people whose opinions are not scored."""
     people = [world.people[index] for index in world.label_people]
     tokens = torch.tensor([model.encode(person.name) for person in people])
     where = torch.zeros_like(tokens)
     where[:, LAST_NAME] = 1
-    return enrichment(meta_scores(model, dictionary, decomposition, tokens, where), [person.facts for person in people])
+    scores = meta_scores(model, dictionary, decomposition, tokens, where)
+    return enrichment(scores, [person.facts for person in people], least_score=least_score)
 
 
 def score_organism(
@@ -161,9 +166,9 @@ def baselines(
 def _named(
     organism: Organism, decomposition: Decomposition, asked: PromptSet, settings: FactSettings
 ) -> dict[str, str]:
-    """The label of each prompt's top part."""
+    """The label of each prompt's top part. Weak names count: parts that are people have no others."""
     model, dictionary = organism.model, organism.dictionary
-    labels = _label_map(label_parts(model, dictionary, decomposition, organism.world))
+    labels = _label_map(label_parts(model, dictionary, decomposition, organism.world, least_score=0.0))
     named = {}
     for prompt, example in zip(asked, tokenize(asked, model), strict=True):
         split = split_prompt(model, collate([example]), dictionary, decomposition, Baseline.CORRUPT, settings)

@@ -2,8 +2,8 @@
 
 1. Cut texts into windows of equal length, so that nothing is padded.
 2. Run the model up to the last site wanted, not further, and keep every position but the first: the first
-   token of a sequence is an attention sink whose norm is many times that of all others. Later sinks go too:
-   positions whose norm at any site is over `SINK_NORM` times the batch's median there.
+   token of a sequence is an attention sink whose norm is many times that of all others. Later sinks, at any of
+   the sites, go too.
 3. Hand out shuffled batches, epoch after epoch.
 """
 
@@ -16,11 +16,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from mediation.dictionaries import attention_sinks
 from mediation.errors import MediationError
 from mediation.sites import Site
 from mediation.subject import SubjectModel
-
-SINK_NORM = 10.0
 
 
 @dataclass
@@ -77,21 +76,18 @@ def collect_activations(
     while done < n_tokens and (rows := list(islice(source, batch_size))):
         batch = torch.tensor(rows)
         values = model.forward(batch.to(model.device), read=sites, logits=False).sites
-        flat = {site: values[site][:, 1:].flatten(0, 1) for site in sites}
-        plain = _no_sinks(flat.values())[: n_tokens - done]
-        end = done + len(plain)
-        tokens[done:end] = batch[:, 1:].flatten()[plain.cpu()]
+        plain = torch.ones_like(batch, dtype=torch.bool)
         for site in sites:
-            kept[site][done:end] = flat[site][plain].to("cpu", dtype)
+            plain &= ~attention_sinks(values[site], torch.ones_like(plain).to(model.device)).cpu()
+        plain[:, 0] = False
+        plain &= plain.flatten().cumsum(0).view_as(plain) <= n_tokens - done
+        end = done + int(plain.sum())
+        tokens[done:end] = batch[plain]
+        for site in sites:
+            kept[site][done:end] = values[site][plain.to(model.device)].to("cpu", dtype)
         done = end
         progress(done, n_tokens)
     return Activations(tokens[:done], {site: x[:done] for site, x in kept.items()})
-
-
-def _no_sinks(values: Iterable[Tensor]) -> Tensor:
-    """Indices of the rows that are no sink at any site; values [n, d_model] each."""
-    norms = torch.stack([x.float().norm(dim=1) for x in values])
-    return (norms <= SINK_NORM * norms.median(dim=1, keepdim=True).values).all(dim=0).nonzero().squeeze(1)
 
 
 def shuffled_batches(x: Tensor, batch_size: int, *, seed: int = 0) -> Iterator[Tensor]:

@@ -3,9 +3,11 @@
 1. Rows: all decoder rows at unit norm, less dead ones. A latent is dead when it fires on at most one token in 100,000
    (SAELens' sparsity.safetensors); without that file only all-zero rows are left out, and the result says so.
 2. Two ways, judged on a fifth of the rows that is held out: *factored* (mediation.factored) finds its size itself;
-   *sparse* (`MetaDictionary.train`) gets as many codes per row and WIDTH_PER_META times the meta-latents. The one
-   that explains more of the held-out rows is trained again on all rows. Where rows share no facts that a readout could
-   tell, sparse takes the published recipe: 4 codes per row, a quarter as many meta-latents as rows.
+   *sparse* (`MetaDictionary.train`) gets as many codes per row and WIDTH_PER_META times the meta-latents. Factored is
+   taken when it explains at least FACTORED_SHARE of what sparse does: its parts are whole facts, and more of them are
+   named right (docs/meta-benchmark.md), while sparse gains a little variance with parts that mean nothing. Where rows
+   share no facts that a readout could tell, sparse takes the published recipe: 4 codes per row, a quarter as many
+   meta-latents as rows. The way taken is trained again on all rows.
    A width or k that the user gives, and rows weighted by use, mean sparse.
 3. The null: every row turned to a random direction on its own, then the same training. What is explained beyond it is
    shared between rows.
@@ -32,6 +34,7 @@ from mediation.metalatents import FEW_ROWS, MetaDictionary, checked_rows, rotate
 
 DEAD_LOG_DENSITY = -5.0
 HELD_OUT = 0.2
+FACTORED_SHARE = 0.9
 WIDTH_PER_META = 1.5
 K, WIDTH_PER_ROW = 4, 0.25
 STEPS, RESTARTS = 2000, 3
@@ -177,7 +180,7 @@ def _choose(rows: Tensor, seed: int, given: _Way | None) -> tuple[_Way, dict[str
     per_row = max(1, round((factored.codes(kept) > 0).sum(1).float().mean().item()))
     sparse = _sparse(len(rows), max(per_row + 1, round(WIDTH_PER_META * factored.d_meta)), per_row)
     tried = {"factored": _explained(factored, held), "sparse": _explained(sparse.train(kept, seed), held)}
-    return (_Way() if tried["factored"] >= tried["sparse"] else sparse), tried
+    return (_Way() if tried["factored"] >= FACTORED_SHARE * tried["sparse"] else sparse), tried
 
 
 def _sparse(n_rows: int, width: int | None, k: int | None) -> _Way:

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -182,8 +183,10 @@ class SAETraining:
                 _, index, field = name.split(".")
                 optimizer["state"].setdefault(int(index), {})[field] = value
         self.trainer.optimizer.load_state_dict(optimizer)
-        for _ in range(counters["steps"]):  # a schedule of pure functions of the step: no state of its own to keep
-            self.trainer.lr_scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no optimiser step came before
+            for _ in range(counters["steps"]):  # the schedule is a function of the step: no state of its own to keep
+                self.trainer.lr_scheduler.step()
         self.trainer.n_forward_passes_since_fired = tensors["since_fired"]
         self.trainer.act_freq_scores = tensors["frequencies"]
         self.trainer.n_training_steps = counters["steps"]

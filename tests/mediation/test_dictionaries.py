@@ -40,7 +40,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mediation.dictionaries import Dictionary, measure_fidelity
+from mediation.dictionaries import Dictionary, attention_sinks, measure_fidelity
 from mediation.errors import FidelityWarning, MediationError
 from mediation.sites import Site, Stream
 
@@ -530,3 +530,29 @@ def test_fidelity_needs_tokens(tmp_path: Path) -> None:
             torch.ones_like(tokens),
             batch_size=2,
         )
+
+
+def test_attention_sinks_are_found_by_row_and_padding_does_not_count() -> None:
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0))
+    x[0, 4] *= 100
+    x[2, 1:3] *= 30
+    x[1, 5:] = 1e6  # padding, louder than everything
+    real = torch.ones(3, 9, dtype=torch.bool)
+    real[1, 5:] = False
+    expected = torch.zeros(3, 9, dtype=torch.bool)
+    expected[0, 4] = expected[2, 1] = expected[2, 2] = True
+    for scale in (1e-3, 1.0, 1e3):
+        assert torch.equal(attention_sinks(x * scale, real), expected)
+
+
+def test_fidelity_leaves_attention_sinks_out(tmp_path: Path) -> None:
+    subject = LinearModel()
+    subject.embedding = subject.embedding.clone()
+    subject.embedding[1] *= 1000
+    tokens = torch.tensor([[2, 3, 1, 4, 5, 3], [4, 1, 2, 2, 3, 5]])
+    dictionary = identity_dictionary(tmp_path, 1.0)
+    fidelity = measure_fidelity(subject, dictionary, tokens, torch.ones_like(tokens), batch_size=1)  # type: ignore[arg-type]
+    assert fidelity.tokens == 8
+    few = tokens[:1, :3]
+    with pytest.raises(MediationError, match="attention sink"):
+        measure_fidelity(subject, dictionary, few, torch.ones_like(few), batch_size=1)  # type: ignore[arg-type]

@@ -33,6 +33,12 @@ def memberships(planted: Planted) -> Tensor:
     return torch.cat(columns, dim=1).bool()
 
 
+def belongs(planted: Planted) -> Tensor:
+    """The attribute of each of the planted values."""
+    sizes = torch.tensor([len(each) for each in planted.directions])
+    return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+
 def as_families(attribute: Tensor, members: Tensor) -> set[frozenset[tuple[bool, ...]]]:
     """Attributes as sets of sets of rows, whatever their order."""
     return {
@@ -52,12 +58,10 @@ def trained(planted: Planted) -> MetaDictionary:
 
 
 def test_every_attribute_is_found_whole(planted: Planted) -> None:
-    truth = memberships(planted)
-    sizes = [len(each) for each in planted.directions]
-    belongs = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     values = find_values(planted.rows)
     kept = values.attribute >= 0
-    assert as_families(values.attribute[kept], values.members[:, kept]) == as_families(belongs, truth)
+    found = as_families(values.attribute[kept], values.members[:, kept])
+    assert found == as_families(belongs(planted), memberships(planted))
 
 
 def test_facts_are_named_right_where_a_sparse_meta_sae_fails(planted: Planted, trained: MetaDictionary) -> None:
@@ -108,21 +112,17 @@ def test_two_valued_attribute_is_two_opposite_directions(trained: MetaDictionary
     assert (first @ second).item() == pytest.approx(-1, abs=1e-3)
 
 
-def test_order_rotation_and_length_of_rows_do_not_matter() -> None:
-    planted = plant(Setting(noise=0.1), 4)
-    rows = planted.rows
+def test_order_rotation_and_length_of_rows_do_not_matter(planted: Planted, trained: MetaDictionary) -> None:
     generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[1], generator=generator)).Q
-    order = torch.randperm(len(rows), generator=generator)
-    values = find_values(rows)
+    clear = plant(Setting(noise=0.1), 4)
+    turn = torch.linalg.qr(torch.randn(clear.rows.shape[1], clear.rows.shape[1], generator=generator)).Q
+    order = torch.randperm(len(clear.rows), generator=generator)
+    values = find_values((clear.rows @ turn)[order])
     kept = values.attribute >= 0
-    families = as_families(values.attribute[kept], values.members[:, kept])
-    other = find_values((rows @ turn)[order])
-    kept = other.attribute >= 0
-    assert as_families(other.attribute[kept], other.members[order.argsort()][:, kept]) == families
-    lengths = 0.1 + torch.rand(len(rows), 1, generator=generator)
-    scaled, plain = train_factored(lengths * rows), train_factored(rows)
-    assert torch.allclose(scaled.codes(rows), plain.codes(rows), atol=1e-3)
+    found = as_families(values.attribute[kept], values.members[order.argsort()][:, kept])
+    assert found == as_families(belongs(clear), memberships(clear))
+    scaled = train_factored((0.1 + torch.rand(len(planted.rows), 1, generator=generator)) * planted.rows)
+    assert torch.allclose(scaled.codes(planted.rows), trained.codes(planted.rows), atol=1e-3)
 
 
 def test_same_seed_same_meta_dictionary(planted: Planted, trained: MetaDictionary) -> None:

@@ -276,4 +276,5 @@ def test_settings_and_kinds() -> None:
     with pytest.raises(MediationError, match="20 controls"):
         FactSettings(controls=19)
     assert kind_of("profession=baker") == "profession"
-    assert kind_of("on Paris -> French") == "on Paris -> French"
+    for label in ("on paris | london", "on x = | =", "=", "meta-latent 7"):
+        assert kind_of(label) == label

@@ -13,12 +13,11 @@ from mediation.errors import MediationError
 from mediation.labels import (
     enrichment,
     final_norm_scale,
-    latent_contexts,
     load_labels,
-    logit_lens,
+    logit_effects,
     save_labels,
 )
-from tests.setups import random_dictionary, tiny
+from tests.setups import tiny
 from tests.tiny_models import CONFIGS
 
 
@@ -84,27 +83,15 @@ def test_final_norm_scale_is_what_the_norm_does_at_right_angles_to_its_input(tmp
     assert torch.allclose(moved[0], expected, atol=1e-2 * float(expected.abs().max()))
 
 
-def test_logit_lens_gives_the_tokens_a_direction_raises_most(tmp_path: Path) -> None:
+def test_logit_lens_gives_the_tokens_a_direction_raises_and_lowers_most(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     unembedding = model.module.get_output_embeddings().weight
     centred = unembedding - unembedding.mean(dim=0)
     wanted = centred[[7, 30]] / final_norm_scale(model)  # promotes its own token, up to the other's overlap
-    found = logit_lens(model, wanted.detach(), n=3)
-    for row, direction in zip(found, wanted, strict=True):
-        effect = (unembedding @ (direction * final_norm_scale(model))).topk(3).indices
-        assert row == [model.tokenizer.decode([token]) for token in effect.tolist()]
-
-
-def test_contexts_are_the_tokens_of_the_largest_activations(tmp_path: Path) -> None:
-    dictionary = random_dictionary(tmp_path, "blocks.0.hook_resid_pre")
-    x = torch.randn(3000, 16)
-    tokens = torch.randint(0, 500, (3000,))
-    found = latent_contexts(dictionary, x, tokens, n=3)
-    latents = dictionary.encode(x)
-    for latent in range(0, 48, 7):
-        order = latents[:, latent].argsort(descending=True)
-        expected = list(dict.fromkeys(tokens[i].item() for i in order[:12] if latents[i, latent] > 0))[:3]
-        assert found[latent] == expected
+    for found, largest in zip(logit_effects(model, wanted.detach(), n=3), (True, False), strict=True):
+        for row, direction in zip(found, wanted, strict=True):
+            effect = (unembedding @ (direction * final_norm_scale(model))).topk(3, largest=largest).indices
+            assert row == [model.tokenizer.decode([token]) for token in effect.tolist()]
 
 
 def test_labels_round_trip_and_damaged_files(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_facts_end_in_a_folder_saelens_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    planted = plant(SMALL, 0)
+    planted = plant(SMALL, 1)
     base = dictionary(tmp_path / "sae", planted.rows)
     main(["train", "meta", base, "--out", str(tmp_path / "meta"), "--json"])
     result = json.loads(capsys.readouterr().out)
