@@ -1,10 +1,10 @@
 """The attribution graph of a run: top latents, what feeds them, and the behaviour, over a prompt set.
 
 Algorithm
-1. Take the strongest (role, latent) of each residual site of the run, from the node tables.
-2. On every prompt, each of their nodes is a target: its in-edges come from the residual site before it,
-   or from the token embeddings for the first site (circuits.edges). The behaviour's in-edges come from
-   the last site. One shard of edges per batch, so that a killed run resumes.
+1. Take the strongest (role, latent) of each site of the run, from the node tables.
+2. On every prompt, each of their nodes is a target, and so is the behaviour: their in-edges come from all
+   the sites, and the token embeddings, that reach them directly (circuits.edges). A sample of the edges is
+   patched exactly (circuits.calibration). One shard of edges per batch, so that a killed run resumes.
 3. Positions become roles, so that prompts of different wording can be added up; an edge's weight and
    contribution are means over all prompts, counting zero where it is absent.
 4. Keep edges between kept nodes, error nodes, embeddings and the behaviour.
@@ -13,27 +13,26 @@ Algorithm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from circuits.edges import EdgeBlock, Sources, Targets, behaviour_edges, edges
+from circuits.calibration import calibrate_edges
+from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.dictionaries import Dictionary
-from mediation.effects import total_effect
 from mediation.estimators.common import behaviour_gradient
-from mediation.estimators.integrated_gradients import path_gradient
 from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.runs import Run
-from mediation.sites import Stream
+from mediation.statistics import agreement
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents, trust
 
 KEEP = 200  # strongest in-edges kept of each target of each prompt
-RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
 
 
 def build_graph(
@@ -45,14 +44,19 @@ def build_graph(
     *,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> AttributionGraph:
-    """Steps 1 to 4. Writes edges/ and graph.json into the run."""
-    ordered = sorted((d for d in dictionaries if d.site.stream in RESIDUAL), key=lambda d: d.site.depth)
+    """Steps 1 to 4. Writes edges/, edge_calibration/ and graph.json into the run."""
+    ordered = sorted(dictionaries, key=lambda dictionary: dictionary.site.depth)
     nodes = graph_nodes(run, ordered, settings, model)
     with run.timed("edges"):
         for number, batch in enumerate(prepared.batches):
             if not run.has_shard("edges", name := f"{number:05d}"):
-                run.write_shard("edges", name, _batch_edges(model, ordered, batch, prepared, nodes, settings))
+                found, measured = _batch_edges(model, ordered, batch, prepared, nodes, settings)
+                run.write_shard("edge_calibration", name, measured)
+                run.write_shard("edges", name, found)
             progress(number + 1, len(prepared.batches))
+    sample = run.read("edge_calibration")
+    agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
+    run.record(trust={"edges_vs_exact": asdict(agreed)})
     effect = set_effect(run, seed=settings.seed)
     order = run.read("nodes").group_by("role").agg(pl.col("position").mean()).sort("position")
     meta = {
@@ -108,22 +112,37 @@ def _batch_edges(
     prepared: Prepared,
     nodes: pl.DataFrame,
     settings: TraceSettings,
-) -> pl.DataFrame:
-    """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles."""
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles; a sample measured."""
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
-    sources = _embeddings(model, batch, prepared, settings.baseline)
-    blocks = []
-    for state, gradient in zip(states, gradients, strict=True):
-        chosen = _chosen(state, batch, nodes)
-        targets = Targets.of(state, gradient, chosen)
-        blocks.append(edges(model, batch, sources, state, targets, chunk=settings.chunk, keep=KEEP))
-        sources = Sources.of(state)
-    last = states[-1]
-    clean, off = total_effect(model, batch, last, settings.baseline)
-    gradient = path_gradient(model, batch, last, settings.steps)
-    blocks.append(behaviour_edges(sources, gradient, clean - off))
-    return pl.concat([_by_role(block, batch, prepared) for block in blocks])
+    sources = [Sources.of(state) for state in states]
+    if all(dictionary.site.canonical() != EMBEDDING_SITE for dictionary in dictionaries):
+        sources.append(_embeddings(model, batch, prepared, settings.baseline))
+    targets = [
+        Targets.latents(state, gradient, _chosen(state, batch, nodes))
+        for state, gradient in zip(states, gradients, strict=True)
+    ]
+    between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
+    into = behaviour_edges(model, batch, sources, steps=settings.steps)
+    blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
+    share = -(-settings.sample * len(batch) // sum(map(len, prepared.batches)))
+    measured = [_measured(model, batch, found, these, share, settings) for found, these in blocks]
+    return pl.concat([_by_role(found, batch, prepared) for found, _ in blocks]), pl.concat(measured)
+
+
+def _measured(
+    model: SubjectModel, batch: Batch, found: Edges, targets: Sequence[Targets], n: int, settings: TraceSettings
+) -> pl.DataFrame:
+    """A stratified sample of n edges: target (of a prompt), weight, exact_effect."""
+    chosen, exact = calibrate_edges(model, batch, targets, found, n, seed=settings.seed, chunk=settings.chunk)
+    return pl.DataFrame(
+        {
+            "target": pl.Series([found.names[k] for k in found.target[chosen].tolist()], dtype=pl.String),
+            "weight": found.weight[chosen].double().cpu().numpy(),
+            "exact_effect": exact.double().cpu().numpy(),
+        }
+    )
 
 
 def _embeddings(model: SubjectModel, batch: Batch, prepared: Prepared, baseline: Baseline) -> Sources:
@@ -145,7 +164,7 @@ def _chosen(state: SiteState, batch: Batch, nodes: pl.DataFrame) -> Tensor:
     return torch.tensor(chosen, dtype=torch.long, device=state.row.device)
 
 
-def _by_role(block: EdgeBlock, batch: Batch, prepared: Prepared) -> pl.DataFrame:
+def _by_role(block: Edges, batch: Batch, prepared: Prepared) -> pl.DataFrame:
     """Step 3 for one block: prompt, source, target, weight, contribution, summed over positions of a role."""
     frame = block.table()
     ids = pl.DataFrame(

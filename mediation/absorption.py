@@ -217,8 +217,8 @@ def _at_words(
 ) -> _AtWords:
     x, latents, done = [], [], 0
     for tokens, places in _prompts(model, rows):
-        values = model.forward(torch.tensor([tokens], device=model.device), read=[dictionary.site], logits=False)
-        here = values.sites[dictionary.site][0, places]
+        values = model.forward(torch.tensor([tokens], device=model.device), read=[dictionary.reads], logits=False)
+        here = values.sites[dictionary.reads][0, places]
         x.append(here.cpu().numpy())
         latents.append(sparse.csr_matrix(dictionary.encode(here.to(dictionary.decoder)).cpu().numpy()))
         progress(done := done + len(places))

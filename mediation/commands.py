@@ -246,14 +246,18 @@ def _page_figures(run: Run) -> dict[str, str]:
     """The trust figures of a run as the page shows them."""
     trust = run.info["trust"]
     effect = set_effect(run)
-    ig = trust["estimator_vs_exact"]["ig"]
-    pearson = "-" if ig["pearson"] is None else f"{ig['pearson']:.2f}"
+
+    def measured(each: dict[str, Any], kind: str) -> str:
+        pearson = "-" if each["pearson"] is None else f"{each['pearson']:.2f}"
+        return f"Pearson {pearson} over {each['n']} {kind}"
+
     return {
         "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
         "prompts": str(effect["prompts"]),
         "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
         "on error nodes, worst site": f"{max(trust['error_share'].values()):.0%}",
-        "ig against exact": f"Pearson {pearson} over {ig['n']} nodes",
+        "ig against exact": measured(trust["estimator_vs_exact"]["ig"], "nodes"),
+        "edges against exact": measured(trust["edges_vs_exact"], "edges"),
     }
 
 

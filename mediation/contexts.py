@@ -118,7 +118,7 @@ def blocks(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Block]:
     """Steps 2 and 3 over sequences of one length, until `n_tokens` have been read; every window meets every reader."""
-    sites = [reader.dictionary.site for reader in readers]
+    sites = [reader.dictionary.reads for reader in readers]
     source, done = iter(sequences), 0
     while done < n_tokens and (rows := list(islice(source, BATCH))):
         rows = rows[: max(1, -(-(n_tokens - done) // len(rows[0])))]

@@ -4,7 +4,8 @@ Architectures and training recipes disagree on where norms and scales live. Afte
 
     x = latents @ decoder + constant + error,
 
-with unit-norm decoder rows in model space, so that a latent's size is the length of what it writes:
+with unit-norm decoder rows in model space, so that a latent's size is the length of what it writes. x is the value
+of the site a dictionary writes to; a transcoder reads its latents off another one (`reads`), an SAE off x itself.
 
 1. Load with SAELens in float32. A saved training checkpoint of BatchTopK or Matryoshka is first turned into
    its inference form (JumpReLU with the learned threshold), so that no activation depends on its batch.
@@ -45,7 +46,7 @@ from mediation.sites import Site
 if TYPE_CHECKING:
     from mediation.subject import SubjectModel
 
-ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
+ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
 TRAINING_ARCHITECTURES = ("batchtopk", "matryoshka_batchtopk")  # saved for inference as jumprelu
 LAYER_NORM_EPS = 1e-5  # SAELens adds it to the standard deviation on the way in and not on the way out
 SINK_NORM = 10.0  # as SAE dashboards leave out
@@ -113,9 +114,12 @@ class Autoencoder:
         z, scale, _ = self._normalise(x)
         return self.sae.encode(z) * self._fold * scale
 
-    def split(self, x: Tensor) -> Split:
-        """Take x [..., d_model] apart so that latents @ decoder + constant + error is x."""
-        z, scale, shift = self._normalise(x)
+    def split(self, x: Tensor, read: Tensor | None = None) -> Split:
+        """Take x [..., d_model] apart so that latents @ decoder + constant + error is x.
+
+        `read` [..., d_model] is what the latents are read off; x itself by default.
+        """
+        z, scale, shift = self._normalise(x if read is None else read)
         latents = self.sae.encode(z) * self._fold * scale
         constant = (self.b_dec * scale + shift).expand(x.shape)
         return Split(latents, constant, x.to(z) - latents @ self.decoder - constant)
@@ -134,14 +138,16 @@ class Autoencoder:
 
 
 class Dictionary(Autoencoder):
-    """A sparse autoencoder at one site of one model.
+    """A sparse autoencoder, or a transcoder, at one site of one model.
 
+    site, reads: where it writes, and where its latents are read off: the same but for a transcoder.
     content_hash: sha256 of the weight file, or of the loaded weights for a dictionary from the hub.
     folder: where its labels are kept: its own, or for a dictionary from the hub one in the hub's local cache.
     """
 
     def __init__(self, sae: SAE[Any], *, name: str, site: Site, content_hash: str, folder: Path | None = None) -> None:
         super().__init__(sae)
+        self.reads = Site.parse(sae.cfg.metadata.hook_name) if is_transcoder(sae) else site
         self.name, self.site, self.content_hash, self.folder = name, site, content_hash, folder
         self.model_name: str | None = sae.cfg.metadata.model_name
 
@@ -171,14 +177,18 @@ class Dictionary(Autoencoder):
             digest = _weights_hash(sae)
         return cls(sae, name=name, site=_resolve_site(sae, name, site), content_hash=digest, folder=folder)
 
+    def rows(self, read: Tensor, latent: Tensor) -> Tensor:
+        """What n latents (long) read off `read` [n, d_model]: their encoder rows [n, d_model], wherever they are."""
+        return self.encoder[latent]
+
     def check(self, model: SubjectModel) -> None:
         """Refuse (MediationError) a model of another width, too few layers, or another name."""
-        if self.d_model != model.d_model:
+        if self.d_model != model.d_model or self.decoder.shape[1] != model.d_model:
             raise MediationError(
                 f"Dictionary '{self.name}' reads {self.d_model} dimensions but model '{model.name}' has "
                 f"{model.d_model}; use a dictionary trained on this model."
             )
-        if self.site.layer >= model.n_layers:
+        if max(self.site.layer, self.reads.layer) >= model.n_layers:
             raise MediationError(
                 f"Dictionary '{self.name}' sits at layer {self.site.layer} but model '{model.name}' has "
                 f"{model.n_layers} layers, counted from 0; use a dictionary trained on this model."
@@ -188,6 +198,27 @@ class Dictionary(Autoencoder):
                 f"Dictionary '{self.name}' was trained on '{self.model_name}', not on '{model.name}'; load "
                 f"that model, or correct model_name in the dictionary's cfg.json if they are the same."
             )
+
+
+class Coordinates(Dictionary):
+    """A site without a dictionary: its coordinates as latents, no error. What any dictionary has to beat."""
+
+    def __init__(self, site: Site, d_model: int, device: str = "cpu") -> None:
+        self.architecture, self.normalisation = "coordinates", "none"
+        self.d_model = self.d_sae = d_model
+        self.decoder = self.encoder = torch.eye(d_model, device=device)
+        self.b_dec = torch.zeros(d_model, device=device)
+        self.name, self.site, self.reads = f"{site.name}.coordinates", site, site
+        self.content_hash, self.folder, self.model_name = "", None, None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The coordinates themselves, [..., d_model]."""
+        return x.to(self.decoder)
+
+    def split(self, x: Tensor, read: Tensor | None = None) -> Split:
+        """x is all latents; constant and error are zero."""
+        latents = self.encode(x)
+        return Split(latents, torch.zeros_like(latents), torch.zeros_like(latents))
 
 
 @torch.no_grad()
@@ -219,12 +250,12 @@ def measure_fidelity(
     losses = torch.zeros(3, dtype=torch.float64)  # bare model, dictionary at the site, zeros at the site
     for rows in range(0, len(tokens), batch_size):
         batch, real = (t[rows : rows + batch_size].to(model.device) for t in (tokens, mask))
-        clean = model.forward(batch, real, read=[dictionary.site])
-        x = clean.sites[dictionary.site].to(dictionary.decoder)
+        clean = model.forward(batch, real, read=[dictionary.site, dictionary.reads])
+        x, read = (clean.sites[site].to(dictionary.decoder) for site in (dictionary.site, dictionary.reads))
         here = judged[rows : rows + batch_size].to(x.device) & ~attention_sinks(x, real.to(x.device))
         n += int(here.sum())
         reconstruction = torch.zeros_like(x)
-        reconstruction[here], batch_error, batch_active = _reconstruct(dictionary, x[here])
+        reconstruction[here], batch_error, batch_active = _reconstruct(dictionary, x[here], read[here])
         error, active = error + batch_error, active + batch_active
         total, squares = (
             total + x[here].double().sum(0).cpu(),
@@ -256,11 +287,12 @@ def attention_sinks(x: Tensor, real: Tensor) -> Tensor:
     return norms > SINK_NORM * norms.nanmedian(dim=1, keepdim=True).values
 
 
-def _reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, float, int]:
-    """Reconstruction of x [n, d_model], sum |error|^2 and count of latents on, in bounded memory."""
+def _reconstruct(dictionary: Dictionary, x: Tensor, read: Tensor) -> tuple[Tensor, float, int]:
+    """Reconstruction of x [n, d_model] from `read`, sum |error|^2 and count of latents on, in bounded memory."""
     reconstruction, error, active = [x[:0]], 0.0, 0
-    for piece in x.split(max(1, MAX_DENSE_LATENTS // dictionary.d_sae)):
-        split = dictionary.split(piece)
+    size = max(1, MAX_DENSE_LATENTS // dictionary.d_sae)
+    for piece, of_read in zip(x.split(size), read.split(size), strict=True):
+        split = dictionary.split(piece, of_read)
         reconstruction.append(piece - split.error)
         error += split.error.double().square().sum().item()
         active += int((split.latents != 0).sum())
@@ -362,6 +394,8 @@ def _refuse_unsupported(sae: SAE[Any], name: str) -> None:
         raise MediationError(
             f"Dictionary '{name}' reads whitened or per-head activations; use one that reads the stream."
         )
+    if is_transcoder(sae) and normalisation != "none":
+        raise MediationError(f"Transcoder '{name}' normalises its input ({normalisation}); use one that does not.")
     if not all(bool(p.isfinite().all()) for p in sae.parameters()):
         raise MediationError(f"Dictionary '{name}' has weights that are not finite; get an undamaged copy.")
     if normalisation == "expected_average_only_in":
@@ -373,8 +407,20 @@ def _refuse_unsupported(sae: SAE[Any], name: str) -> None:
         )
 
 
+def is_transcoder(sae: SAE[Any]) -> bool:
+    """Whether it reads one site and writes to another."""
+    return "transcoder" in sae.cfg.architecture()
+
+
 def _resolve_site(sae: SAE[Any], name: str, site: Site | None) -> Site:
-    hook = sae.cfg.metadata.hook_name or sae.cfg.metadata.hf_hook_name
+    """Where it writes."""
+    if is_transcoder(sae) and not (sae.cfg.metadata.hook_name and sae.cfg.metadata.hook_name_out):
+        raise MediationError(
+            f"Transcoder '{name}' does not say where it reads and writes; name both in its cfg.json "
+            f"(metadata: hook_name, hook_name_out)."
+        )
+    out = sae.cfg.metadata.hook_name_out if is_transcoder(sae) else None
+    hook = out or sae.cfg.metadata.hook_name or sae.cfg.metadata.hf_hook_name
     if hook is None and site is None:
         raise MediationError(
             f"Dictionary '{name}' does not say where it reads: its cfg.json has no hook_name, or no "

@@ -48,7 +48,7 @@ def meta_scores(
     model: SubjectModel, dictionary: Dictionary, decomposition: Decomposition, tokens: Tensor, where: Tensor
 ) -> Tensor:
     """sum_i f_i z_ij over the positions marked in `where`; tokens and where [B, T] -> [B, n_meta]."""
-    site = dictionary.site
+    site = dictionary.reads
     mask = (tokens != -1).long()
     x = model.forward(tokens.clamp(min=0), mask, read=[site], logits=False).sites[site]
     latents = (dictionary.encode(x) * where.unsqueeze(-1)).sum(dim=1)

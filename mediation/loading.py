@@ -23,12 +23,19 @@ from mediation.errors import MediationError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names of a family: its blocks, what each adds to the residual stream, and the last norm."""
+    """Module names of a family: its blocks, what each adds to the residual stream, and the last norm.
+
+    activation, projection: the non-linearity in a block's MLP and the projection after it; gated: whether the
+    non-linearity multiplies a second branch.
+    """
 
     blocks: str
     attn_out: str
     mlp_out: str
     final_norm: str = "model.norm"
+    activation: str = "mlp.act_fn"
+    projection: str = "mlp.down_proj"
+    gated: bool = True
 
 
 _LLAMA = Architecture("model.layers", "self_attn", "mlp")
@@ -45,8 +52,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(
         "model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out, "model.language_model.norm"
     ),
-    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f"),
-    "gpt_neox": Architecture("gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm"),
+    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", "mlp.c_proj", gated=False),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm", "mlp.act", "mlp.dense_4h_to_h", gated=False
+    ),
 }
 
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mediation.dictionaries import Dictionary
 from mediation.prompts import Baseline, Batch
+from mediation.sites import Site
 from mediation.subject import SubjectModel
 
 ENCODE_TOKENS = 512  # tokens encoded at a time: the only dense [tokens, d_sae] block ever held
@@ -30,12 +31,14 @@ ENCODE_TOKENS = 512  # tokens encoded at a time: the only dense [tokens, d_sae] 
 class SiteState:
     """One site of one batch. Shapes: B rows, T positions, d = d_model, n active nodes.
 
-    `x` and `baseline_x` are [B, T, d]; `row`, `position`, `latent`, `clean`, `baseline` are [n];
-    `error` is [B, T, d], the error node's difference; `free` is [B, T], True where nodes may be.
+    `x`, `baseline_x` and `read` are [B, T, d], the last what the latents were read off: `x` itself but for a
+    transcoder; `row`, `position`, `latent`, `clean`, `baseline` are [n]; `error` is [B, T, d], the error
+    node's difference; `free` is [B, T], True where nodes may be.
     """
 
     dictionary: Dictionary
     x: Tensor
+    read: Tensor
     baseline_x: Tensor
     row: Tensor
     position: Tensor
@@ -78,28 +81,42 @@ def free_positions(batch: Batch, baseline: Baseline) -> Tensor:
 
 def mean_state(model: SubjectModel, batches: list[Batch], dictionary: Dictionary) -> MeanState:
     """The mean baseline: over all real tokens but the first of every clean prompt."""
-    site = dictionary.site
+    site, reads = dictionary.site, dictionary.reads
     total_x = torch.zeros(model.d_model, dtype=torch.float64, device=model.device)
     total_f = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=model.device)
     count = 0
     for batch in batches:
-        x = model.forward(batch.clean, batch.mask, read=[site], logits=False).sites[site]
-        chosen = x[free_positions(batch, Baseline.MEAN)]
-        for part in chosen.split(ENCODE_TOKENS):
+        values = model.forward(batch.clean, batch.mask, read=[site, reads], logits=False).sites
+        free = free_positions(batch, Baseline.MEAN)
+        chosen = values[site][free]
+        for part in values[reads][free].split(ENCODE_TOKENS):
             total_f += dictionary.encode(part).sum(dim=0, dtype=torch.float64)
         total_x += chosen.sum(dim=0, dtype=torch.float64)
         count += len(chosen)
     return MeanState((total_x / count).float(), (total_f / count).float())
 
 
+@dataclass
+class SiteValue:
+    """What a dictionary writes to and reads off on a batch, [B, T, d] each; the same but for a transcoder."""
+
+    x: Tensor
+    read: Tensor
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, sites: dict[Site, Tensor]) -> SiteValue:
+        return cls(sites[dictionary.site], sites[dictionary.reads])
+
+
 def site_state(
-    x: Tensor, other: Tensor | MeanState | None, batch: Batch, dictionary: Dictionary, baseline: Baseline
+    value: SiteValue, other: SiteValue | MeanState | None, batch: Batch, dictionary: Dictionary, baseline: Baseline
 ) -> SiteState:
     """Gather the nodes of one site.
 
-    `x` is the site's clean value [B, T, d]; `other` is its value on the corrupt prompts, the set's
-    mean, or None for the zero baseline.
+    `value` is the clean one; `other` the one on the corrupt prompts, the set's mean, or None for the zero
+    baseline.
     """
+    x = value.x
     free = free_positions(batch, baseline)
     where = free.nonzero()
     baseline_x = x.clone()
@@ -107,9 +124,9 @@ def site_state(
     explained = torch.zeros_like(x)
     for part in where.split(ENCODE_TOKENS):
         at = (part[:, 0], part[:, 1])
-        split = dictionary.split(x[at])
-        if isinstance(other, Tensor):
-            f0, x0 = dictionary.encode(other[at]), other[at]
+        split = dictionary.split(x[at], value.read[at])
+        if isinstance(other, SiteValue):
+            f0, x0 = dictionary.encode(other.read[at]), other.x[at]
             active = (split.latents != 0) | (f0 != 0)
         elif other is None:
             f0, x0 = torch.zeros_like(split.latents), split.constant
@@ -127,7 +144,8 @@ def site_state(
     else:
         row = position = latent = torch.zeros(0, dtype=torch.long, device=x.device)
         clean = off = torch.zeros(0, device=x.device)
-    return SiteState(dictionary, x, baseline_x, row, position, latent, clean, off, x - baseline_x - explained, free)
+    error = x - baseline_x - explained
+    return SiteState(dictionary, x, value.read, baseline_x, row, position, latent, clean, off, error, free)
 
 
 def site_states(
@@ -141,7 +159,7 @@ def site_states(
 
     `means`, by dictionary name, is needed for the mean baseline only.
     """
-    sites = [dictionary.site for dictionary in dictionaries]
+    sites = [site for dictionary in dictionaries for site in (dictionary.site, dictionary.reads)]
     clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
     corrupt: dict | None = None
     if baseline is Baseline.CORRUPT:
@@ -149,10 +167,10 @@ def site_states(
         corrupt = model.forward(batch.corrupt, batch.mask, read=sites, logits=False).sites
     states = []
     for dictionary in dictionaries:
-        other: Tensor | MeanState | None = None
+        other: SiteValue | MeanState | None = None
         if corrupt is not None:
-            other = corrupt[dictionary.site]
+            other = SiteValue.of(dictionary, corrupt)
         elif means is not None:
             other = means[dictionary.name]
-        states.append(site_state(clean[dictionary.site], other, batch, dictionary, baseline))
+        states.append(site_state(SiteValue.of(dictionary, clean), other, batch, dictionary, baseline))
     return states

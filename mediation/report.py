@@ -76,9 +76,10 @@ def _trust(result: dict[str, Any]) -> None:
             _number(one["cross_entropy_recovered"]), f"{gap:.1%}", f"{result['error_share'][site]:.0%}",
         )  # fmt: skip
     console.print(table)
-    for name, each in result["estimator_vs_exact"].items():
+    compared = [(name, "nodes", each) for name, each in result["estimator_vs_exact"].items()]
+    for name, kind, each in [*compared, ("edges", "edges", result["edges_vs_exact"])]:
         console.print(
-            f"{name} against exact patching of {each['n']} sampled nodes: Pearson {_number(each['pearson'])}, "
+            f"{name} against exact patching of {each['n']} sampled {kind}: Pearson {_number(each['pearson'])}, "
             f"Spearman {_number(each['spearman'])}, same sign {_number(each['sign'])}."
         )
 

@@ -2,10 +2,11 @@
 
 A site has three spellings, and `Site.parse` reads them all:
 
-* SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``;
+* SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``; what the MLP is given has
+  three names in SAELens' transcoders, ``blocks.8.hook_mlp_in``, ``.mlp.hook_in`` and ``.ln2.hook_normalized``;
 * Hugging Face module paths: ``model.layers.8`` (what the block returns, resid_post),
   ``model.layers.8.self_attn`` (attn_out), ``transformer.h.8.mlp`` (mlp_out);
-* the same with nnsight's ``.input`` or ``.output``: ``model.layers.8.input`` is resid_pre.
+* the same with nnsight's ``.input`` or ``.output``: ``model.layers.8.input`` is resid_pre, ``...mlp.input`` mlp_in.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from mediation.errors import MediationError
 
 
 class Stream(StrEnum):
-    """The four places in a block where the residual stream is read or added to."""
+    """The places in a block where the residual stream is read or added to."""
 
     RESID_PRE = "resid_pre"
     RESID_POST = "resid_post"
     ATTN_OUT = "attn_out"
+    MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
 
 
-_STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_OUT: 2, Stream.RESID_POST: 3}
-_SAELENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
+_STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_IN: 2, Stream.MLP_OUT: 3, Stream.RESID_POST: 4}
+_SAELENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_in|mlp_out)")
+_MLP_IN = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_in|ln2\.hook_normalized)")
 _MODULE = re.compile(r"(?:[a-z_]\w*\.)*(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?(?:\.(input|output))?")
 
 
@@ -36,7 +39,8 @@ class Site:
     """One stream of one block, layers counted from 0.
 
     ``attn_out`` and ``mlp_out`` are what is *added* to the residual stream: after the post-norm where
-    the architecture has one (Gemma 2 and 3).
+    the architecture has one (Gemma 2 and 3). ``mlp_in`` is what the MLP is given: the residual stream after
+    the norm before it, gain and all.
     """
 
     layer: int
@@ -50,7 +54,7 @@ class Site:
     @property
     def depth(self) -> int:
         """Topological order: the same for resid_post of a layer and resid_pre of the next, one vector."""
-        return 3 * self.layer + _STEP[self.stream]
+        return 4 * self.layer + _STEP[self.stream]
 
     def canonical(self) -> Site:
         """Itself, but resid_post of layer l becomes resid_pre of layer l + 1, which holds the same vector."""
@@ -66,14 +70,18 @@ class Site:
         """Read a SAELens name or a Hugging Face module path.
 
         Raises:
-            MediationError: The name is neither, or names a point that is not one of the four streams.
+            MediationError: The name is neither, or names a point that is not one of the streams.
         """
         if match := _SAELENS.fullmatch(name):
             return cls(int(match[1]), Stream(match[2]))
+        if match := _MLP_IN.fullmatch(name):
+            return cls(int(match[1]), Stream.MLP_IN)
         if match := _MODULE.fullmatch(name):
             layer, module, port = int(match[1]), match[2], match[3]
             if module is None:
                 return cls(layer, Stream.RESID_PRE if port == "input" else Stream.RESID_POST)
+            if module == "mlp" and port == "input":
+                return cls(layer, Stream.MLP_IN)
             if port != "input":
                 return cls(layer, Stream.MLP_OUT if module == "mlp" else Stream.ATTN_OUT)
         raise MediationError(

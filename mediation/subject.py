@@ -6,7 +6,8 @@
 3. `SubjectModel.forward` is one nnsight trace that walks the sites asked for in execution order. Each value
    is read, edited and written back. With ``grad`` a read value that carries no graph (always the earliest,
    since the parameters are frozen) becomes a leaf, so that whatever comes later can be differentiated with
-   respect to it. Without ``logits`` the trace stops after the last site read.
+   respect to it. A site that is ``cut`` always goes on as a new leaf, and what arrived there is kept with its
+   graph: no path crosses it. Without ``logits`` the trace stops after the last site read or cut.
 4. `prove` runs three tokens when a model is loaded: writing each site's own value back changes no logit;
    resid_post of layer l is resid_pre of layer l + 1; resid_pre + attn_out + mlp_out is resid_post. It then
    writes the negative of every site and asks the last two again, which catches a write without effect.
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight import NNsight
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from mediation.errors import MediationError
@@ -37,11 +39,13 @@ class Forward:
     """What one forward pass gave.
 
     ``logits`` are ``[batch, n_keep, vocab]`` and ``sites`` are ``[batch, pos, d_model]``, after edits; both
-    in fp32 whatever the dtype of the weights.
+    in fp32 whatever the dtype of the weights. Where a site was cut, ``sites`` has what arrived there, before
+    its edit, and ``leaves`` what the model went on with, after it.
     """
 
     logits: Tensor | None
     sites: dict[Site, Tensor]
+    leaves: dict[Site, Tensor] = field(default_factory=dict)
 
 
 class SubjectModel:
@@ -72,6 +76,7 @@ class SubjectModel:
             Stream.RESID_PRE: ".input",
             Stream.RESID_POST: "",
             Stream.ATTN_OUT: f".{names.attn_out}",
+            Stream.MLP_IN: ".mlp.input",
             Stream.MLP_OUT: f".{names.mlp_out}",
         }
         self._paths = {
@@ -227,6 +232,7 @@ class SubjectModel:
         *,
         read: Sequence[Site] = (),
         edit: Mapping[Site, Edit] | None = None,
+        cut: Sequence[Site] = (),
         positions: Tensor | None = None,
         grad: bool = False,
         logits: bool = True,
@@ -239,21 +245,23 @@ class SubjectModel:
             read: Sites whose values are wanted.
             edit: What to write at a site: a function from its fp32 value ``[batch, pos, d_model]`` to a new
                 tensor of that shape (not the same one changed in place, whose memory others share).
+            cut: Sites that no gradient crosses: with ``grad`` the model goes on with a leaf of the same value
+                (the edit's, where there is one).
             positions: The positions whose logits are wanted, ``[n_keep]`` for every row or ``[batch,
                 n_keep]``; None for all of them.
             grad: Keep the graph. The earliest read site's value, after its edit, is a leaf that requires grad
                 (unless an edit brought a graph of its own); everything later is computed from it, so
                 ``torch.autograd.grad(m, [fwd.sites[s] for s in read])`` works.
-            logits: False stops the model after the last site read; edits that lie beyond it do not run.
+            logits: False stops the model after the last site read or cut; edits beyond it do not run.
 
         Returns:
-            Logits and site values, fp32.
+            Logits and the values of the sites read and cut, fp32.
 
         Raises:
             MediationError: A site the model does not have, or padding on the left.
         """
         edits = dict(edit or {})
-        wanted = set(read)
+        wanted = {*read, *cut}
         last = max((_order(site) for site in wanted), default=None)
         visits = sorted(wanted | edits.keys(), key=_order)
         if not logits:
@@ -267,31 +275,37 @@ class SubjectModel:
         if positions is not None:
             inputs["logits_to_keep"] = positions.to(self.device)
         values: dict[Site, Tensor] = {}
+        leaves: dict[Site, Tensor] = {}
         kept: list[Tensor] = []
         # nnsight runs the block beside the model and waits at each site until the model gets there. Values go
         # into containers made outside it, for nothing bound inside survives the block.
         with torch.set_grad_enabled(grad), self._nnsight.trace(**inputs) as tracer:
             for site in visits:
-                value = self._visit(site, edits.get(site), grad and site in wanted)
-                if site in wanted:
+                arrived, value = self._visit(site, edits.get(site), grad and site in wanted, site in cut)
+                if site in cut:
+                    values[site], leaves[site] = arrived, value
+                elif site in wanted:
                     values[site] = value
             if not logits:
                 tracer.stop()
             kept.append(self._nnsight.output.logits)
-        return Forward(kept[0].float() if kept else None, {site: values[site] for site in read})
+        return Forward(kept[0].float() if kept else None, {site: values[site] for site in (*read, *cut)}, leaves)
 
-    def _visit(self, site: Site, edit: Edit | None, differentiate: bool) -> Tensor:
-        """Inside a trace: read the site, edit it, make it a leaf if it has no graph, write it back."""
+    def _visit(self, site: Site, edit: Edit | None, differentiate: bool, cut: bool) -> tuple[Tensor, Tensor]:
+        """Inside a trace: read the site, edit it, make it a leaf if it is cut or has no graph, write it back.
+
+        Returns what arrived at the site and what the model goes on with.
+        """
         hook = self._hooks[site]
-        at_input = site.stream is Stream.RESID_PRE
+        at_input = site.stream in (Stream.RESID_PRE, Stream.MLP_IN)
         given = hook.input if at_input else hook.output
         raw = given[0] if isinstance(given, tuple) else given
-        value = raw.float()
+        arrived = value = raw.float()
         if edit is not None:
             value = edit(value)
             if value.shape != raw.shape:
                 raise MediationError(f"the edit at {site} returned shape {list(value.shape)}, not {list(raw.shape)}.")
-        if differentiate and not value.requires_grad:
+        if differentiate and (cut or not value.requires_grad):
             value = value.detach().requires_grad_()
         if value is not raw:
             new = value.to(raw.dtype)
@@ -299,7 +313,7 @@ class SubjectModel:
                 hook.input = new
             else:
                 hook.output = (new, *given[1:]) if isinstance(given, tuple) else new
-        return value
+        return arrived, value
 
     def _check(self, sites: Sequence[Site]) -> None:
         for site in sites:
@@ -322,7 +336,12 @@ def prove(model: SubjectModel) -> None:
     sites = [Site(layer, stream) for layer in range(model.n_layers) for stream in Stream]
     with torch.no_grad():
         bare = model.module(input_ids=tokens.to(model.device), use_cache=False).logits.float()
-    same = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.clone))
+    try:
+        same = model.forward(tokens, read=sites, edit=dict.fromkeys(sites, torch.clone))
+    except OutOfOrderError as error:
+        raise MediationError(
+            f"{model.name} cannot be hooked: its sites are not in the order of their names."
+        ) from error
     assert same.logits is not None
     if not torch.equal(same.logits, bare):
         raise MediationError(f"{model.name} cannot be hooked: writing its own residual stream back changes its logits.")

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+from sae_lens import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from sae_lens.saes.sae import SAEMetadata
 from torch import nn
 
@@ -35,12 +44,22 @@ def random_dictionary(
     d_in: int = D_MODEL,
     d_sae: int = 48,
     seed: int = 0,
+    reads: str | None = None,
 ) -> Dictionary:
-    """A random dictionary saved by SAELens and loaded back; decoder rows of various norms, about half on."""
+    """A random dictionary saved by SAELens and loaded back; decoder rows of various norms, about half on.
+
+    With `reads` it is a transcoder from there to `hook`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "metadata": SAEMetadata(hook_name=hook)}
+    metadata = SAEMetadata(hook_name=reads, hook_name_out=hook) if reads else SAEMetadata(hook_name=hook)
+    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "metadata": metadata}
     sae: Any
-    if architecture == "jumprelu":
+    if reads and architecture == "jumprelu":
+        sae = JumpReLUTranscoder(JumpReLUTranscoderConfig(**common, d_out=d_in, apply_b_dec_to_input=False))
+        sae.threshold.data.fill_(0.1)
+    elif reads:
+        sae = Transcoder(TranscoderConfig(**common, d_out=d_in, apply_b_dec_to_input=False))
+    elif architecture == "jumprelu":
         sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
         sae.threshold.data.fill_(0.1)
     else:

@@ -171,6 +171,9 @@ def test_demo_prints_one_object_with_everything(demo: tuple[dict, Path, float]) 
     assert found["total_effect"] > 5
     assert found["estimator_vs_exact"]["pearson"] > 0.7
     assert found["estimator_vs_exact"]["atp"]["n"] >= 100
+    edges = json.loads((run / "run.json").read_text())["trust"]["edges_vs_exact"]
+    assert edges["n"] >= 100
+    assert edges["pearson"] > 0.7
     assert found["conservation_gap"] < 0.02
     assert found["meta_split_max_relative_error"] < 1e-5
     assert found["hidden_facts"]
@@ -226,7 +229,7 @@ def test_a_killed_trace_resumes_to_the_same_figures(tmp_path: Path, capsys: pyte
     main([*options, "--out", str(tmp_path / "killed")])
     resumed = json.loads(capsys.readouterr().out)
     assert (tmp_path / "killed" / "nodes" / "00000.parquet").stat().st_mtime_ns == untouched
-    for name in ("total_effect", "top_latents", "conservation_gap", "estimator_vs_exact"):
+    for name in ("total_effect", "top_latents", "conservation_gap", "estimator_vs_exact", "edges_vs_exact"):
         assert resumed[name] == whole[name], name
     assert (tmp_path / "killed" / "graph.json").read_text() == (tmp_path / "whole" / "graph.json").read_text()
     assert not list((tmp_path / "killed").glob("**/*.tmp"))

@@ -23,12 +23,18 @@ from sae_lens import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
     StandardSAE,
     StandardSAEConfig,
     TopKSAE,
     TopKSAEConfig,
+    Transcoder,
+    TranscoderConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
@@ -278,6 +284,50 @@ def test_site_is_needed_where_the_folder_names_none(tmp_path: Path) -> None:
     with pytest.raises(MediationError, match="sae_lens_version"):
         Dictionary.load(folder)
     assert Dictionary.load(folder, site=SITE).site == SITE
+
+
+@pytest.mark.parametrize("kind", [Transcoder, JumpReLUTranscoder])
+def test_a_transcoder_reads_one_site_and_writes_another(tmp_path: Path, kind: Any) -> None:
+    """latents @ decoder + constant is SAELens' own output, and the error what the written site has beyond it."""
+    hooks = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
+    reference = transcoder(kind, tmp_path, hooks)
+    dictionary = Dictionary.load(tmp_path)
+    assert (dictionary.reads, dictionary.site) == (Site(1, Stream.MLP_IN), Site(1, Stream.MLP_OUT))
+    read, x = torch.randn(2, 7, D_MODEL, generator=torch.Generator().manual_seed(4))
+    split = dictionary.split(x, read)
+    assert torch.allclose(split.latents, dictionary.encode(read))
+    assert torch.allclose(x - split.error, reference(read), atol=1e-5)
+    norms = dictionary.decoder.norm(dim=-1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    probe = read[0].clone().requires_grad_()
+    latents = dictionary.encode(probe)
+    on = int(latents.argmax())
+    (gradient,) = torch.autograd.grad(latents[on], probe)
+    assert torch.allclose(gradient, dictionary.encoder[on], atol=1e-5)
+
+
+def test_transcoders_that_cannot_be_placed_are_refused(tmp_path: Path) -> None:
+    transcoder(Transcoder, tmp_path / "nowhere", {"hook_name": "blocks.1.hook_mlp_in"})
+    transcoder(SkipTranscoder, tmp_path / "skip", {"hook_name": HOOK, "hook_name_out": HOOK})
+    with pytest.raises(MediationError, match="where it reads and writes"):
+        Dictionary.load(tmp_path / "nowhere")
+    with pytest.raises(MediationError, match="skip_transcoder"):
+        Dictionary.load(tmp_path / "skip")
+
+
+def transcoder(kind: Any, folder: Path, hooks: dict[str, str]) -> Any:
+    configs = {
+        Transcoder: TranscoderConfig,
+        JumpReLUTranscoder: JumpReLUTranscoderConfig,
+        SkipTranscoder: SkipTranscoderConfig,
+    }
+    torch.manual_seed(0)
+    metadata = SAEMetadata(**hooks)
+    sae = kind(configs[kind](d_in=D_MODEL, d_out=D_MODEL, d_sae=D_SAE, apply_b_dec_to_input=False, metadata=metadata))
+    for parameter in sae.parameters():
+        parameter.data.normal_(0, 0.5)
+    sae.save_model(folder)
+    return sae
 
 
 def test_a_contradicting_site_is_refused(tmp_path: Path) -> None:

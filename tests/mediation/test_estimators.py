@@ -163,7 +163,7 @@ def test_a_mediator_that_is_the_whole_site_carries_everything(tmp_path: Path) ->
     identity = torch.eye(16)
     dictionary.decoder = torch.cat([identity, -identity])
     dictionary.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=-1)  # type: ignore[method-assign]
-    dictionary.split = lambda x: Split(dictionary.encode(x), torch.zeros_like(x), torch.zeros_like(x))  # type: ignore[method-assign]
+    dictionary.split = lambda x, read: Split(dictionary.encode(x), torch.zeros_like(x), torch.zeros_like(x))  # type: ignore[method-assign]
     (state,) = site_states(model, batch, [dictionary], Baseline.CORRUPT)
     assert state.error.abs().max() < 1e-5
     found = effects(model, batch, state, Baseline.CORRUPT, [torch.arange(len(state.row))])

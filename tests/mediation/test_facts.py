@@ -142,7 +142,7 @@ class Planted:
             block.mlp.c_proj.weight.data.zero_()
             block.mlp.c_proj.bias.data.zero_()
 
-        def split(x: Tensor) -> Split:
+        def split(x: Tensor, read: Tensor | None = None) -> Split:
             score = x @ self.dictionary.decoder.T
             latents = torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 2**0.5)
             return Split(latents, torch.zeros_like(x), x - latents @ self.dictionary.decoder)

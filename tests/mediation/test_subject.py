@@ -142,11 +142,12 @@ def test_a_write_without_effect_does_not_pass_the_proof(tmp_path: Path, monkeypa
     folder = save_tiny("llama", tmp_path / "llama")
     visit, deaf_site = SubjectModel._visit, Site(1, Stream.MLP_OUT)
 
-    def deaf(self: SubjectModel, site: Site, edit: Any, differentiate: bool) -> Tensor:
+    def deaf(self: SubjectModel, site: Site, edit: Any, differentiate: bool, cut: bool) -> tuple[Tensor, Tensor]:
         """Drop the write at one site and report it as made: only what flows on can tell."""
         if site != deaf_site:
-            return visit(self, site, edit, differentiate)
-        return edit(visit(self, site, None, differentiate))
+            return visit(self, site, edit, differentiate, cut)
+        arrived, value = visit(self, site, None, differentiate, cut)
+        return arrived, edit(value)
 
     monkeypatch.setattr(SubjectModel, "_visit", deaf)
     refuses("blocks.1.hook_resid_post", lambda: SubjectModel.load(folder, device="cpu"))
