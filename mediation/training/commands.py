@@ -78,10 +78,11 @@ def saes_command(
     refuse(model, train, plan, out)
     if not quiet:
         needed = plan.memory(model.d_model, dtype.itemsize) / 2**30
+        disk, minutes = plan.disk(model.d_model) / 2**30, _seconds(model, train, plan) / 60
         report.console.print(
             f"[bold]{escape(model.name)}[/bold]: SAEs at {len(places)} site(s), {plan.sae.d_sae} latents, on "
-            f"{plan.tokens:,} tokens; about {needed:.1f} GiB of memory beside the model, {plan.disk(model.d_model) / 2**30:.1f} GiB of "
-            f"disk, {_seconds(model, train, plan) / 60:.0f} minutes."
+            f"{plan.tokens:,} tokens; about {needed:.1f} GiB of memory beside the model, {disk:.1f} GiB of disk, "
+            f"{minutes:.0f} minutes."
         )
     columns = (
         TextColumn("{task.description}"),
