@@ -226,10 +226,10 @@ def train_meta(
     as_json: Json = False,
 ) -> None:
     """A meta-dictionary of decoder rows: the facts they share, against a null of rows that share nothing."""
-    from mediation import commands
+    from mediation.training.commands import train_meta_command
 
     chosen = {"width": width, "k": k, "weights": weights, "seed": seed}
-    _finish(commands.train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
+    _finish(train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -14,7 +12,6 @@ from typing import Any, TypeVar
 
 import polars as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from circuits.build import build_graph
 from circuits.export import to_graphml
@@ -129,9 +126,9 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
     cost = estimate(model, dictionaries, prepared, settings)
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
-    with _bar("attribution", quiet) as tick:
+    with report.bar("attribution", quiet) as tick:
         trace(model, dictionaries, prepared, run, settings, progress=tick)
-    with _bar("edges", quiet) as tick:
+    with report.bar("edges", quiet) as tick:
         build_graph(model, dictionaries, prepared, run, settings, progress=tick)
     result = _trace_result(run, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
     if not quiet:
@@ -191,7 +188,7 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
         tokens = sum(batch.clean.numel() for batch in prepared.batches)
         report.flagging(len(prompts), seconds_per_token(model, prepared) * tokens * settings.passes)
     worst = meta_split(model, dictionary, decomposition, prepared, run, traced)
-    with run.timed("facts"), _bar("hidden facts", quiet) as tick:
+    with run.timed("facts"), report.bar("hidden facts", quiet) as tick:
         done = iter(range(1, len(prompts) + 1))
         table = find_hidden_facts(
             model,
@@ -285,7 +282,7 @@ def quality_command(
     notes: list[str] = []
     alive = dictionary.decoder.any(1)
     if model is not None and texts:
-        with _bar("tokens", quiet) as tick:
+        with report.bar("tokens", quiet) as tick:
             found = text_quality(model, dictionary, texts, n_tokens, seed=seed, progress=tick)
         figures |= found.figures
         alive = alive & (found.density > 0).to(alive.device)
@@ -295,7 +292,7 @@ def quality_command(
     figures |= asdict(geometry(dictionary))
     absorbed = None
     if model is not None and words is not None:
-        with _bar("words", quiet) as tick:
+        with report.bar("words", quiet) as tick:
             absorbed = measure_absorption(model, dictionary, read_words(words), seed=seed, progress=tick)
         figures["absorption_fraction"] = absorbed.fraction
         notes += [f"No absorption figure: {absorbed.reason}."] if absorbed.reason else []
@@ -334,7 +331,7 @@ def label_command(
     seconds = label_seconds(model, readers, texts, n_tokens)
     if not quiet:
         report.label_opening(dictionaries, n_tokens, seconds)
-    with _bar("tokens", quiet) as tick:
+    with report.bar("tokens", quiet) as tick:
         tables = label_readers(model, readers, texts, n_tokens=n_tokens, progress=tick)
     found = []
     for dictionary, (latents, metas) in zip(dictionaries, tables, strict=True):
@@ -384,22 +381,10 @@ def planted_command(organism: Path, prompts: int, seed: int, *, quiet: bool) -> 
     """`mediation bench planted`: score an organism; see mediation.organisms.score."""
     from mediation.organisms.score import score_organism
 
-    with _bar("prompts", quiet) as tick:
+    with report.bar("prompts", quiet) as tick:
         result = score_organism(organism, prompts=prompts, seed=seed, progress=tick)
     if not quiet:
         report.planted(result)
-    return result
-
-
-def train_meta_command(folders: list[Path], out: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
-    """`mediation train meta`: decoder rows into a meta-dictionary; see mediation.training.meta."""
-    from mediation.training.meta import train_meta
-
-    with _stages("rows", quiet) as show:
-        announce = (lambda text: None) if quiet else report.progress_console.print
-        result = train_meta(folders, out, **chosen, progress=show, announce=announce)
-    if not quiet:
-        report.trained_meta(result)
     return result
 
 
@@ -407,7 +392,7 @@ def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
     """`mediation bench meta`: ways to decompose rows where the facts are planted; see mediation.metabench."""
     from mediation.metabench import run_bench
 
-    with _stages("settings", quiet) as show:
+    with report.stages("settings", quiet) as show:
         result = run_bench(quick=quick, progress=show)
     if not quiet:
         report.meta_bench(result)
@@ -456,21 +441,3 @@ def _base_dictionary(dictionaries: list[Dictionary], meta: MetaDictionary, path:
         if meta.base_hash == dictionary.content_hash:
             return dictionary
     raise MediationError(f"{path} was not trained on any of the dictionaries; give the meta-SAE of one of them.")
-
-
-@contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Any]:
-    """A progress bar on standard error; yields tick(done, of)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=report.progress_console, disable=quiet, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
-
-
-@contextmanager
-def _stages(title: str, quiet: bool) -> Iterator[Any]:
-    """A progress bar of named stages; yields show(stage, done, of)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=report.progress_console, disable=quiet, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)

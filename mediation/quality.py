@@ -154,6 +154,25 @@ def text_quality(
     return TextQuality(figures, density, basis)
 
 
+def held_out_figures(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
+    """variance_explained, l0 and silent (the share of latents that never fire) on x [n, d_model]."""
+    error, active = 0.0, 0
+    fired = torch.zeros(dictionary.d_sae, dtype=torch.bool)
+    mean, spread = x.float().mean(dim=0), 0.0
+    for block in x.float().split(1024):
+        split = dictionary.split(block)
+        on = split.latents != 0
+        error += float(split.error.double().square().sum())
+        spread += float((block - mean).double().square().sum())
+        active += int(on.sum())
+        fired |= on.any(dim=0)
+    return {
+        "variance_explained": 1 - error / spread,
+        "l0": active / len(x),
+        "silent": float((~fired).float().mean()),
+    }
+
+
 def use(density: Tensor) -> dict[str, float]:
     """Step 2: shares of dead and of dense latents, from the share of tokens on which each is on, [d_sae]."""
     return {

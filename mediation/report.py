@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from circuits.export import path_tree
@@ -39,6 +40,24 @@ def _table(title: str, *columns: str, caption: str | None = None) -> Table:
         numeric = name.startswith("#")
         table.add_column(name.removeprefix("#"), justify="right" if numeric else "left", no_wrap=numeric)
     return table
+
+
+@contextmanager
+def bar(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar on standard error; yields tick(done, of)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+@contextmanager
+def stages(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar of named stages; yields show(stage, done, of)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)
 
 
 def opening(model: SubjectModel, dictionaries: Sequence[Dictionary], prompts: PromptSet, cost: str) -> None:

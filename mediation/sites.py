@@ -2,8 +2,9 @@
 
 A site has three spellings, and `Site.parse` reads them all:
 
-* SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``; what the MLP is given has
-  three names in SAELens' transcoders, ``blocks.8.hook_mlp_in``, ``.mlp.hook_in`` and ``.ln2.hook_normalized``;
+* SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``; ``blocks.8.mlp.hook_in``
+  is what the MLP is given (in TransformerLens ``hook_mlp_in`` lies before the norm and ``ln2.hook_normalized``
+  before its gain: other values, which are refused);
 * Hugging Face module paths: ``model.layers.8`` (what the block returns, resid_post),
   ``model.layers.8.self_attn`` (attn_out), ``transformer.h.8.mlp`` (mlp_out);
 * the same with nnsight's ``.input`` or ``.output``: ``model.layers.8.input`` is resid_pre, ``...mlp.input`` mlp_in.
@@ -29,8 +30,10 @@ class Stream(StrEnum):
 
 
 _STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_IN: 2, Stream.MLP_OUT: 3, Stream.RESID_POST: 4}
-_SAELENS = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_in|mlp_out)")
-_MLP_IN = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_in|ln2\.hook_normalized)")
+_HOOKS = {stream: f"hook_{stream}" for stream in Stream} | {Stream.MLP_IN: "mlp.hook_in"}
+_STREAMS = {hook: stream for stream, hook in _HOOKS.items()}
+_SAELENS = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _STREAMS))})")
+_BEFORE_MLP = re.compile(r"blocks\.\d+\.(?:hook_mlp_in|ln2\.hook_normalized)")
 _MODULE = re.compile(r"(?:[a-z_]\w*\.)*(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?(?:\.(input|output))?")
 
 
@@ -49,7 +52,7 @@ class Site:
     @property
     def name(self) -> str:
         """The SAELens name, for example ``blocks.8.hook_resid_pre``."""
-        return f"blocks.{self.layer}.hook_{self.stream}"
+        return f"blocks.{self.layer}.{_HOOKS[self.stream]}"
 
     @property
     def depth(self) -> int:
@@ -73,9 +76,12 @@ class Site:
             MediationError: The name is neither, or names a point that is not one of the streams.
         """
         if match := _SAELENS.fullmatch(name):
-            return cls(int(match[1]), Stream(match[2]))
-        if match := _MLP_IN.fullmatch(name):
-            return cls(int(match[1]), Stream.MLP_IN)
+            return cls(int(match[1]), _STREAMS[match[2]])
+        if _BEFORE_MLP.fullmatch(name):
+            raise MediationError(
+                f"{name!r} is a value before the norm or before its gain, not what the MLP is given: only "
+                "blocks.N.mlp.hook_in is read there."
+            )
         if match := _MODULE.fullmatch(name):
             layer, module, port = int(match[1]), match[2], match[3]
             if module is None:

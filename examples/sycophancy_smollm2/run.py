@@ -37,10 +37,10 @@ from mediation.labelling import label_readers
 from mediation.labels import save_labels
 from mediation.metalatents import MetaDictionary
 from mediation.prompts import Baseline, PromptSet, batches, tokenize
+from mediation.quality import held_out_figures
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, token_windows
-from mediation.training.commands import held_out_figures
 from mediation.training.several import Plan, train_saes
 from mediation.training.text import documents_of, held_out, kept
 

@@ -18,9 +18,11 @@ from mediation import report
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.loading import resolve
+from mediation.quality import held_out_figures
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, token_windows
+from mediation.training.meta import train_meta
 from mediation.training.several import Plan, refuse, train_saes
 from mediation.training.text import dataset_documents, documents_of, held_out, kept
 
@@ -113,6 +115,16 @@ def saes_command(
     return result
 
 
+def train_meta_command(folders: list[Path], out: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """`mediation train meta`: decoder rows into a meta-dictionary; see mediation.training.meta."""
+    with report.stages("rows", quiet) as show:
+        announce = (lambda text: None) if quiet else report.progress_console.print
+        result = train_meta(folders, out, **chosen, progress=show, announce=announce)
+    if not quiet:
+        report.trained_meta(result)
+    return result
+
+
 def _fits(name: str, allow_download: bool) -> None:
     """A model too large for memory is refused before its weights are read."""
     needed = sum(file.stat().st_size for file in resolve(name, None, allow_download).weights)
@@ -147,22 +159,3 @@ def _quality(model: SubjectModel, unseen: Tensor, plan: Plan, folders: Sequence[
 
 def _pairs(plan: Plan, folders: Sequence[Path]) -> Iterable[tuple[Site, Path]]:
     return zip(plan.sites, folders, strict=True)
-
-
-def held_out_figures(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
-    """variance_explained, l0 and silent (the share of latents that never fire) on x [n, d_model]."""
-    error, active = 0.0, 0
-    fired = torch.zeros(dictionary.d_sae, dtype=torch.bool)
-    mean, spread = x.float().mean(dim=0), 0.0
-    for block in x.float().split(1024):
-        split = dictionary.split(block)
-        on = split.latents != 0
-        error += float(split.error.double().square().sum())
-        spread += float((block - mean).double().square().sum())
-        active += int(on.sum())
-        fired |= on.any(dim=0)
-    return {
-        "variance_explained": 1 - error / spread,
-        "l0": active / len(x),
-        "silent": float((~fired).float().mean()),
-    }

@@ -6,7 +6,8 @@
 4. At the end of a chunk, when the last time is a while ago, write a checkpoint in one rename: every SAE's weights,
    Adam's moments and counters, and how many sequences were used. A resumed run skips those sequences and goes on
    to the same weights as an unbroken one.
-5. When the tokens are done, save the SAEs and drop the checkpoint.
+5. When the tokens are done, write a last checkpoint, save the SAEs that are not there yet, and drop the checkpoint: a
+   kill between two SAEs loses nothing either.
 """
 
 from __future__ import annotations
@@ -102,20 +103,22 @@ def train_saes(
             device = str(model.device)
             trainings = {site: SAETraining(plan.sae, chunk.x[site][: plan.batch], device=device) for site in plan.sites}
         _train_on(chunk, number, plan, trainings, progress)
-        if time.monotonic() - written > CHECKPOINT_SECONDS and number + 1 < plan.chunks:
+        if time.monotonic() - written > CHECKPOINT_SECONDS or number + 1 == plan.chunks:
             _write(folder / CHECKPOINT, description, endless.used, number + 1, trainings)
             written = time.monotonic()
     with _disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        saved = [trainings[site].save(folder / site.name, site, model.name) for site in plan.sites]
+        for site in plan.sites:
+            if not (folder / site.name).exists():
+                trainings[site].save(folder / site.name, site, model.name)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    return saved
+    return [folder / site.name for site in plan.sites]
 
 
 def refuse(model: SubjectModel, sequences: Tensor, plan: Plan, folder: Path) -> None:
     """Step 1: MediationError when SAEs are already there, or text, memory or disk do not suffice."""
     there = [site.name for site in plan.sites if (folder / site.name).exists()]
-    if there:
+    if there and not (folder / CHECKPOINT).exists():  # with one, they are this training's own
         raise MediationError(f"{folder} already holds an SAE for {there[0]}; choose another folder.")
     given = sequences[:, 1:].numel()
     if given < MOST_SINKS * plan.tokens:

@@ -25,7 +25,7 @@ ROWS = [
 
 
 def dictionaries(folder: Path) -> list[Dictionary]:
-    reads = {SITES[3]: "blocks.2.hook_mlp_in"}
+    reads = {SITES[3]: "blocks.2.mlp.hook_in"}
     return [
         random_dictionary(folder / name, name, d_sae=12, seed=i, reads=reads.get(name)) for i, name in enumerate(SITES)
     ]

@@ -47,7 +47,7 @@ MIX = (
     "blocks.2.hook_attn_out",
     "blocks.2.hook_mlp_out",
 )
-TRANSCODED = {MIX[3]: "blocks.1.ln2.hook_normalized", MIX[5]: "blocks.2.hook_mlp_in"}
+TRANSCODED = {MIX[3]: "blocks.1.mlp.hook_in", MIX[5]: "blocks.2.mlp.hook_in"}
 BETWEEN = Site.parse("blocks.1.hook_resid_post")  # a place of directions where no dictionary is
 STEP = 1e-4  # of the finite differences, in float64
 

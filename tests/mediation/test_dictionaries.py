@@ -289,7 +289,7 @@ def test_site_is_needed_where_the_folder_names_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [Transcoder, JumpReLUTranscoder])
 def test_a_transcoder_reads_one_site_and_writes_another(tmp_path: Path, kind: Any) -> None:
     """latents @ decoder + constant is SAELens' own output, and the error what the written site has beyond it."""
-    hooks = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
+    hooks = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
     reference = transcoder(kind, tmp_path, hooks)
     dictionary = Dictionary.load(tmp_path)
     assert (dictionary.reads, dictionary.site) == (Site(1, Stream.MLP_IN), Site(1, Stream.MLP_OUT))
@@ -307,7 +307,7 @@ def test_a_transcoder_reads_one_site_and_writes_another(tmp_path: Path, kind: An
 
 
 def test_transcoders_that_cannot_be_placed_are_refused(tmp_path: Path) -> None:
-    transcoder(Transcoder, tmp_path / "nowhere", {"hook_name": "blocks.1.hook_mlp_in"})
+    transcoder(Transcoder, tmp_path / "nowhere", {"hook_name": "blocks.1.mlp.hook_in"})
     transcoder(SkipTranscoder, tmp_path / "skip", {"hook_name": HOOK, "hook_name_out": HOOK})
     with pytest.raises(MediationError, match="where it reads and writes"):
         Dictionary.load(tmp_path / "nowhere")

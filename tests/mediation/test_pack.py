@@ -9,10 +9,10 @@ import torch
 from sae_lens import SAE
 
 from mediation.dictionaries import Dictionary
+from mediation.quality import held_out_figures
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations
-from mediation.training.commands import held_out_figures
 from mediation.training.several import Plan, train_saes
 from tests.setups import shared_data
 

@@ -30,9 +30,7 @@ def test_saelens_name_round_trip(site: Site) -> None:
         ("model.layers.0.self_attn", Site(0, Stream.ATTN_OUT)),
         ("model.layers.0.mlp", Site(0, Stream.MLP_OUT)),
         ("model.layers.8.mlp.input", Site(8, Stream.MLP_IN)),
-        ("blocks.8.hook_mlp_in", Site(8, Stream.MLP_IN)),
         ("blocks.8.mlp.hook_in", Site(8, Stream.MLP_IN)),
-        ("blocks.8.ln2.hook_normalized", Site(8, Stream.MLP_IN)),
         ("model.language_model.layers.3.mlp.output", Site(3, Stream.MLP_OUT)),
         ("transformer.h.7", Site(7, Stream.RESID_POST)),
         ("transformer.h.7.attn", Site(7, Stream.ATTN_OUT)),
@@ -62,6 +60,12 @@ def test_refuses_other_points_in_one_sentence(name: str) -> None:
     with pytest.raises(MediationError, match="names no site") as caught:
         Site.parse(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hook", ["hook_mlp_in", "ln2.hook_normalized"])
+def test_transformer_lens_names_of_values_before_the_gain_are_not_taken_for_what_the_mlp_is_given(hook: str) -> None:
+    with pytest.raises(MediationError, match="before the norm or before its gain"):
+        Site.parse(f"blocks.8.{hook}")
 
 
 @given(st.integers(0, 200))

