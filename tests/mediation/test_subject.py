@@ -195,7 +195,9 @@ def test_padding_and_batch_size_change_nothing(
         alone = model.forward(row[None], read=[site])
         assert alone.logits is not None
         torch.testing.assert_close(batch.logits[i, : len(row)], alone.logits[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(batch.sites[site][i, : len(row)], alone.sites[site][0], rtol=1e-5, atol=1e-5)
+        # Float32 rounding is a share of the largest element that was added up, not of the element itself.
+        scale = alone.sites[site].abs().max().item()
+        torch.testing.assert_close(batch.sites[site][i, : len(row)], alone.sites[site][0], rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_the_mask_reaches_the_model(llama: SubjectModel) -> None:
