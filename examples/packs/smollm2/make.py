@@ -194,11 +194,17 @@ def own_samples(model: SubjectModel, file: Path, tokens: int) -> list[str]:
         made = model.module.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=WINDOW, top_k=0
         )
-        found += [model.tokenizer.decode(row[start.shape[1] :]) for row in made]
+        found += [_reply(model.tokenizer.decode(row[start.shape[1] :]), model) for row in made]
         print(f"samples: {number + 1} of {rounds}", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+def _reply(text: str, model: SubjectModel) -> str:
+    """Up to the end of the turn: what follows in a batch is padding."""
+    end = model.tokenizer.eos_token
+    return text.partition(end)[0] + end
 
 
 TOPICS = (
