@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from circuits.build import build_graph
 from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
+from circuits.memory import fit, parse_bytes
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -38,7 +39,6 @@ from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
     TraceSettings,
-    estimate,
     prepare,
     seconds_per_token,
     set_effect,
@@ -105,13 +105,24 @@ def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
     return result
 
 
-def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, quiet: bool) -> dict[str, Any]:
-    """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder."""
+def trace_command(
+    source: Source, chosen: dict[str, Any], out: Path | None, *, memory: str | None = None, quiet: bool
+) -> dict[str, Any]:
+    """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder.
+
+    Batch and chunk are made smaller until the run fits `memory` (such as "2GB"; by default a share of what is free).
+    """
+    budget = None if memory is None else parse_bytes(memory)
     settings = _trace_settings(chosen)
     prompts = PromptSet.from_jsonl(source.prompts)
+    out = out or Path("runs") / f"{Path(source.prompts).stem}-{prompts.content_hash[:8]}"
+    if (out / "run.json").is_file():  # its shards are those of its batches, which the memory of that time has set
+        earlier = Run.open(out).settings
+        settings = replace(settings, **{name: earlier[name] for name in ("batch_size", "chunk") if name in earlier})
     model, dictionaries, prepared = _open(source, prompts, settings)
+    prepared, settings, cost = fit(model, dictionaries, prepared, settings, budget)
     run = Run.create(
-        out or Path("runs") / f"{Path(source.prompts).stem}-{prompts.content_hash[:8]}",
+        out,
         {
             **asdict(source),
             **asdict(settings),
@@ -123,7 +134,7 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
         },
     )
     run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
-    cost = estimate(model, dictionaries, prepared, settings)
+    run.record(memory={"budget": budget, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
     with report.bar("attribution", quiet) as tick:

@@ -262,6 +262,7 @@ def measure_fidelity(
             squares + x[here].double().square().sum(0).cpu(),
         )
         batch_losses = [_cross_entropy(clean.logits, batch, real)]
+        clean.logits = None  # as wide as all else together, and two more come
         for value in (reconstruction, torch.zeros_like(x)):
             edit = {dictionary.site: partial(_replace, value=value, where=here[..., None])}
             batch_losses.append(_cross_entropy(model.forward(batch, real, edit=edit).logits, batch, real))
@@ -309,8 +310,10 @@ def _cross_entropy(logits: Tensor | None, tokens: Tensor, real: Tensor) -> float
     """Summed next-token cross-entropy in nats, over pairs of real tokens."""
     assert logits is not None
     pairs = real[:, :-1] & real[:, 1:]
-    scores, answers = logits[:, :-1][pairs], tokens[:, 1:][pairs]
-    return torch.nn.functional.cross_entropy(scores, answers, reduction="sum").item()
+    total = 0.0
+    for row, answers, kept in zip(logits, tokens[:, 1:], pairs, strict=True):  # row by row: logits are wide
+        total += torch.nn.functional.cross_entropy(row[:-1][kept], answers[kept], reduction="sum").item()
+    return total
 
 
 def _warn_below_floor(dictionary: Dictionary, fidelity: Fidelity) -> None:

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import polars as pl
-import psutil
 import torch
 from torch import Tensor
 
@@ -86,34 +85,6 @@ def prepare(
     if settings.baseline is Baseline.MEAN:
         means = {d.name: mean_state(model, prepared, d) for d in dictionaries}
     return Prepared(prompts, prepared, means)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a trace will cost, from a probe of its first batch."""
-
-    seconds: float
-    memory_mb: float
-
-    def __str__(self) -> str:
-        return f"about {self.seconds:.0f} s and {self.memory_mb:.0f} MB"
-
-
-def estimate(
-    model: SubjectModel, dictionaries: Sequence[Dictionary], prepared: Prepared, settings: TraceSettings
-) -> Estimate:
-    """Time one forward of the middle batch and scale by the passes to come (a backward counts two).
-
-    Memory is what the process holds now, models loaded, and the graph of the largest batch's forward.
-    """
-    second = seconds_per_token(model, prepared)
-    tokens = sum(batch.clean.numel() for batch in prepared.batches)
-    per_token = 5 + len(dictionaries) * (3 * settings.steps + 1) + 2 * settings.top
-    longest = max(batch.clean.shape[1] for batch in prepared.batches)
-    sampled = len(dictionaries) * settings.sample * longest
-    held = psutil.Process().memory_info().rss
-    activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
-    return Estimate(second * (tokens * per_token + sampled), (held + activations) / 2**20)
 
 
 def seconds_per_token(model: SubjectModel, prepared: Prepared) -> float:
