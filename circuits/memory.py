@@ -30,6 +30,7 @@ from circuits.edges import EMBEDDING_SITE, GATHERED, RESIDUAL
 from mediation.behaviours import keep_positions
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
+from mediation.heads import Heads
 from mediation.nodes import ENCODE_TOKENS
 from mediation.prompts import Baseline, Batch, Example, batches
 from mediation.sites import Site
@@ -161,7 +162,8 @@ def predict(
         value = FLOAT * rows * length * width  # one site's value
         on = probed.on * rows * length * (2 if settings.baseline is Baseline.CORRUPT else 1)
         logits = FLOAT * len(keep_positions(batch)) * words
-        own = sites * (5 * value + 60 * on)
+        directions = sum(each.d_sae * each.d_model for each in dictionaries if isinstance(each, Heads))
+        own = sites * (5 * value + 60 * on) + FLOAT * rows * length * directions
         dense = FLOAT * DENSE * min(ENCODE_TOKENS, rows * length) * max(each.d_sae for each in dictionaries)
         states.append(own + 2 * sites * value + dense)
         graph = rows * probed.saved(length) + rows * length * working
@@ -245,6 +247,6 @@ def fit(
         else:
             raise MediationError(
                 f"The longest prompt has {len(longest)} tokens and needs {cost.peak / 1e9:.2f} GB alone, of which "
-                f"{before / 1e9:.2f} GB are held already and libraries take {LIBRARIES / 1e9:.2f}, but the budget is {budget / 1e9:.2f} GB: give more with "
-                "--memory, shorter prompts or fewer dictionaries."
+                f"{before / 1e9:.2f} GB are held already and {LIBRARIES / 1e9:.2f} GB are for libraries, but the "
+                f"budget is {budget / 1e9:.2f} GB: give more with --memory, shorter prompts or fewer dictionaries."
             )

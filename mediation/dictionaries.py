@@ -52,6 +52,7 @@ LAYER_NORM_EPS = 1e-5  # SAELens adds it to the standard deviation on the way in
 SINK_NORM = 10.0  # as SAE dashboards leave out
 FLOOR_VARIANCE_EXPLAINED = 0.5
 FLOOR_CROSS_ENTROPY_RECOVERED = 0.8
+FEW = 16  # latents for each one that is on, where gathering rows beats the dense product
 MAX_DENSE_LATENTS = 2**26  # latent values held at once while fidelity is measured (256 MiB)
 
 
@@ -123,7 +124,18 @@ class Autoencoder:
         z, scale, shift = self._normalise(x if read is None else read)
         latents = self.sae.encode(z) * self._fold * scale
         constant = (self.b_dec * scale + shift).expand(x.shape)
-        return Split(latents, constant, x.to(z) - latents @ self.decoder - constant)
+        return Split(latents, constant, x.to(z) - self.decode(latents) - constant)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents @ decoder, [..., d_model] of [..., d_sae]; where few are on, by those alone."""
+        flat = latents.reshape(-1, latents.shape[-1])
+        token, latent = flat.nonzero(as_tuple=True)
+        if FEW * len(token) > flat.numel():
+            return latents @ self.decoder
+        starts = torch.searchsorted(token, torch.arange(len(flat), device=token.device))
+        values = flat[token, latent]
+        written = torch.nn.functional.embedding_bag(latent, self.decoder, starts, per_sample_weights=values, mode="sum")
+        return written.reshape(*latents.shape[:-1], -1)
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as the SAE reads it, and the scale and shift [..., 1] that bring its output back."""

@@ -159,7 +159,7 @@ def site_state(
             active = split.latents != 0
         baseline_x[at] = x0
         difference = torch.where(active, split.latents - f0, 0.0)
-        explained[at] = difference @ dictionary.decoder
+        explained[at] = dictionary.decode(difference)
         token, latent = active.nonzero(as_tuple=True)
         pieces.append((part[token, 0], part[token, 1], latent, split.latents[token, latent], f0[token, latent]))
     if pieces:
@@ -188,13 +188,16 @@ def site_states(
     dictionaries: list[Dictionary],
     baseline: Baseline,
     means: dict[str, MeanState] | None = None,
+    clean: dict[Site, Tensor] | None = None,
 ) -> list[SiteState]:
     """The state of every dictionary's site on one batch: one forward, two with corrupt prompts.
 
-    `means`, by dictionary name, is needed for the mean baseline only.
+    `means`, by dictionary name, is needed for the mean baseline only; `clean` are the sites' values on the clean
+    prompts where a forward pass has read them already.
     """
     sites = [site for dictionary in dictionaries for site in (dictionary.site, dictionary.reads)]
-    clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
+    if clean is None:
+        clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
     corrupt: dict | None = None
     if baseline is Baseline.CORRUPT:
         assert batch.corrupt is not None

@@ -28,6 +28,7 @@ from mediation.dictionaries import Dictionary, Fidelity, measure_fidelity
 from mediation.effects import effects, total_effect
 from mediation.errors import MediationError
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, exact
+from mediation.estimators.common import contract, states_and_gradients
 from mediation.nodes import MeanState, SiteState, mean_state, site_states
 from mediation.prompts import Baseline, Batch, Example, PromptSet, batches, tokenize
 from mediation.runs import Run
@@ -137,9 +138,12 @@ def _trace_batch(
     name: str,
 ) -> None:
     """Step 2 for one batch."""
-    states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
+    states, gradients = states_and_gradients(model, batch, dictionaries, settings.baseline, prepared.means)
     wanted = dict.fromkeys([Estimator.ATP, Estimator.IG, settings.estimator])
-    scores = {each: ESTIMATORS[each](model, batch, states, settings.estimators) for each in wanted}
+    scores = {Estimator.ATP: list(map(contract, states, gradients))}
+    scores |= {
+        each: ESTIMATORS[each](model, batch, states, settings.estimators) for each in wanted if each not in scores
+    }
     nodes, prompts, calibration = [], [], []
     for index, state in enumerate(states):
         of_state = {each: scores[each][index] for each in wanted}

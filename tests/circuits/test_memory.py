@@ -43,7 +43,8 @@ from tests.circuits.test_memory import examples, settings
 folder, out, extra = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model = SubjectModel.load(folder / "model", device="cpu")
 dictionaries = [Dictionary.load(each) for each in sorted((folder / "saes").iterdir())]
-prepared = Prepared(PromptSet.from_jsonl(folder / "prompts.jsonl"), list(batches(examples(), settings().batch_size)), None)
+made = list(batches(examples(), settings().batch_size))
+prepared = Prepared(PromptSet.from_jsonl(folder / "prompts.jsonl"), made, None)
 budget = held(model.device) + extra * 10**6
 prepared, chosen, cost = fit(model, dictionaries, prepared, settings(), budget)
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of the resident set starts anew
