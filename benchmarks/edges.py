@@ -70,14 +70,14 @@ class Task:
 
 
 def make_task(model: SubjectModel, batch: Batch, dictionaries: list, per_site: int, baseline: Baseline) -> Task:
-    """Of every site and prompt, `per_site` of its nodes as targets, evenly spread."""
+    """Of every site and prompt, `per_site` of the latents that are on as targets, evenly spread."""
     states = site_states(model, batch, dictionaries, baseline)
     sources = [Sources.embeddings(model, batch, baseline)] + [Sources.of(state) for state in states]
     targets = []
     for state in states:
         chosen = []
         for row in range(len(batch)):
-            mine = (state.row == row).nonzero()[:, 0]
+            mine = ((state.row == row) & (state.clean != 0)).nonzero()[:, 0]
             chosen.append(mine[torch.linspace(0, len(mine) - 1, min(per_site, len(mine))).long()])
         targets.append(Targets.latents(state, torch.zeros_like(state.x), torch.cat(chosen)))
     return Task(batch, dictionaries, sources, targets)

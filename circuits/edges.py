@@ -42,9 +42,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 import numpy as np
@@ -64,7 +64,8 @@ from mediation.subject import Forward, SubjectModel
 EMBEDDING_SITE = Site(0, Stream.RESID_PRE)
 REST = -1  # "latent" of the source that is a whole vector: the error node, or the token embedding
 RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
-GATHERED = 2**24  # values of decoder rows gathered at a time while contracting (64 MiB)
+GATHERED = 2**25  # values of decoder rows gathered at a time while contracting (128 MiB)
+PLACES = ("source", "position", "latent")
 SEEDS = 2**26  # values that are seeded at a time (256 MiB): logits at many positions are wide
 SHORT = 96  # up to this many positions, attention in plain products is faster than the fused kernel
 STARTING = {"cpu": 32, "cuda": 4096}  # positions whose arithmetic takes as long as starting a pass's operations
@@ -223,6 +224,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class EdgeRows:
+    """Finished edges [m]: target, numbered over all targets; source, position, latent and weight as in `Edges`."""
+
+    target: Tensor
+    source: Tensor
+    position: Tensor
+    latent: Tensor
+    weight: Tensor
+
+    def frame(self) -> pl.DataFrame:
+        """One row for each edge, 20 bytes wide."""
+        columns = {each.name: getattr(self, each.name).cpu().numpy() for each in fields(self)}
+        return pl.DataFrame(columns).with_columns(pl.all().exclude("weight").cast(pl.Int32))
+
+
+@dataclass(frozen=True)
 class Edges:
     """In-edges of k targets; m edges.
 
@@ -293,12 +310,15 @@ def edges(
     semantics: Semantics = Semantics.GRADIENT,
     chunk: int = 32,
     keep: int | None = None,
+    sink: Callable[[EdgeRows], None] | None = None,
 ) -> Edges:
     """In-edges of all targets from the sources that reach them directly.
 
     Sources are cut from one another; a target's own site, if it is among them, too. `chunk` is how many
     gradients of a prompt one backward carries: it sets memory and speed, not the result. `keep` leaves
-    only the strongest in-edges of each target (the totals still count them all).
+    only the strongest in-edges of each target (the totals still count them all). `sink` is given finished rows as
+    they come, to be written away where all edges are too many to hold; what is returned then has none of them, only
+    what is known of each target.
     Raises MediationError for two sources at one site and for a chunk below 1.
     """
     ordered = _ordered(sources)
@@ -307,6 +327,7 @@ def edges(
     plan = Plan.of(ordered, targets)
     found = _Collector(ordered, targets, keep)
     for job in _jobs(plan, batch, chunk):
+        found.new_job()
         part = _first_positions(batch.rows(job.rows), job.length)
         local = Plan.of(ordered, [targets[place].take(some).on_rows(row) for place, some, row in job.targets])
         walls = [each.x[job.rows, : job.length] if index == job.wall else None for index, each in enumerate(ordered)]
@@ -320,6 +341,8 @@ def edges(
             ):
                 pulled = local.pull(number, value, leaves, some, turn, part)
                 found.add(local.targets[number].take(some), name[some], turn, job.rows, pulled)
+                if sink is not None:
+                    found.hand_over(sink)
     return found.edges(plan.constants(model, batch, semantics))
 
 
@@ -511,7 +534,9 @@ class _Collector:
         self.device = sources[0].x.device if sources else torch.device("cpu")
         self.total = torch.zeros(self.offsets[-1], device=self.device)
         self.value = torch.zeros_like(self.total)
-        self.pieces: list[tuple[Tensor, ...]] = []
+        self.pieces: list[EdgeRows] = []
+        self.laid_out: dict[tuple[int, int], _RowSources] = {}
+        self.room = GATHERED
 
     def add(self, targets: Targets, names: Tensor, turn: Tensor, rows: Tensor, pulled: Mapping[int, Tensor]) -> None:
         """Gradients `pulled` [turns, B, T, d], by source, of n targets on rows of a job.
@@ -526,9 +551,9 @@ class _Collector:
             self._add_row(names[mine], targets.position[mine], int(rows[row]), gradients)
 
     def _add_row(self, names: Tensor, last: Tensor, row: int, pulled: Mapping[int, Tensor]) -> None:
-        parts = [self._weights(index, row, gradient) for index, gradient in pulled.items()]
-        source, position, latent = (torch.cat([part[column] for part in parts]) for column in range(3))
-        weights = torch.cat([part[3] for part in parts], dim=1)
+        parts = [self._sources_of(index, row, gradient.shape[1]) for index, gradient in pulled.items()]
+        source, position, latent = (torch.cat([getattr(part, name) for part in parts]) for name in PLACES)
+        weights = torch.cat([part.weights(each) for part, each in zip(parts, pulled.values(), strict=True)], dim=1)
         reached = position <= last.unsqueeze(1)
         weights = torch.where(reached, weights, 0.0)
         self.total[names] = weights.sum(dim=1)
@@ -538,25 +563,35 @@ class _Collector:
             strongest = torch.where(reached, weights.abs(), -1.0).topk(self.keep, dim=1).indices.sort(dim=1).values
             target, column = reached.gather(1, strongest).nonzero(as_tuple=True)
             at = strongest[target, column]
-        self.pieces.append((names[target], source[at], position[at], latent[at], weights[target, at]))
+        self.pieces.append(EdgeRows(names[target], source[at], position[at], latent[at], weights[target, at]))
 
-    def _weights(self, index: int, row: int, pulled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Source, position and latent [n] of a row's sources at one site, and their edges [c, n]."""
-        sources, length = self.sources[index], pulled.shape[1]
-        first, last = self.starts[index][row], self.starts[index][row + 1]
-        last = first + int(torch.searchsorted(sources.position[first:last], length))
-        at = sources.free[row, :length].nonzero()[:, 0]
-        rest = torch.einsum("ctd,td->ct", pulled, sources.rest[row, :length])[:, at]
-        position = torch.cat([sources.position[first:last], at])
-        latent = torch.cat([sources.latent[first:last], torch.full_like(at, REST)])
-        weights = torch.cat([_latents(sources, slice(first, last), pulled), rest], dim=1)
-        return torch.full_like(position, index), position, latent, weights
+    def _sources_of(self, index: int, row: int, length: int) -> _RowSources:
+        """Made once for all targets of a job, with their decoder rows as far as there is room for them."""
+        if (index, row) not in self.laid_out:
+            made = _RowSources.of(self.sources[index], index, row, slice(*self.starts[index][row : row + 2]), length)
+            size = made.padded.numel() * self.sources[index].decoder.shape[1]
+            if size <= self.room:
+                made.gathered = made.sources.decoder[made.padded]
+                self.room -= size
+            self.laid_out[index, row] = made
+        return self.laid_out[index, row]
+
+    def new_job(self) -> None:
+        """Forget what was laid out for the last one."""
+        self.laid_out.clear()
+        self.room = GATHERED
+
+    def hand_over(self, sink: Callable[[EdgeRows], None]) -> None:
+        """Give the edges so far away."""
+        for piece in self.pieces:
+            sink(piece)
+        self.pieces.clear()
 
     def edges(self, constant: Tensor) -> Edges:
         """All edges so far, ordered by target."""
         long = torch.zeros(0, dtype=torch.long, device=self.device)
-        empty = (long, long, long, long, self.total.new_zeros(0))
-        columns = [torch.cat(column) for column in zip(empty, *self.pieces, strict=True)]
+        empty = EdgeRows(long, long, long, long, self.total.new_zeros(0))
+        columns = [torch.cat(column) for column in zip(*map(_columns, [empty, *self.pieces]), strict=True)]
         order = torch.argsort(columns[0], stable=True)
         target, source, position, latent, weight = (column[order] for column in columns)
         gain = torch.cat([self.total.new_zeros(0), *(each.gain for each in self.targets)])
@@ -576,24 +611,59 @@ class _Collector:
         )
 
 
-def _latents(sources: Sources, mine: slice, pulled: Tensor) -> Tensor:
-    """(f_u - f'_u) w_u . pulled at u's position, [c, n], for the latents `mine` of one row.
+def _columns(rows: EdgeRows) -> list[Tensor]:
+    return [getattr(rows, each.name) for each in fields(rows)]
 
-    Positions are padded to the same number of latents, a bounded number of positions at a time.
+
+@dataclass
+class _RowSources:
+    """Sources of one row at one site up to a position, laid out for the contraction: m latents, then errors.
+
+    source, position, latent: long [n]. index, place: long [m], where each latent is in `padded` [positions, most], the
+    latents of each position `here`, padded to the same number. gathered: their decoder rows, where they are kept.
     """
-    position, latent = sources.position[mine], sources.latent[mine]
-    if not len(position):
-        return pulled.new_zeros(len(pulled), 0)
-    here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
-    place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
-    padded = latent.new_zeros(len(here), int(counts.max()))
-    padded[index, place] = latent
-    step = max(1, GATHERED // (padded.shape[1] * pulled.shape[2]))
-    parts = [
-        torch.bmm(sources.decoder[rows], pulled[:, at].permute(1, 2, 0))
-        for at, rows in zip(here.split(step), padded.split(step), strict=True)
-    ]
-    return torch.cat(parts)[index, place].T * sources.delta[mine]
+
+    sources: Sources
+    row: int
+    source: Tensor
+    position: Tensor
+    latent: Tensor
+    delta: Tensor
+    here: Tensor
+    index: Tensor
+    place: Tensor
+    padded: Tensor
+    gathered: Tensor | None = None
+
+    @classmethod
+    def of(cls, sources: Sources, number: int, row: int, mine: slice, length: int) -> _RowSources:
+        mine = slice(mine.start, mine.start + int(torch.searchsorted(sources.position[mine], length)))
+        position, latent = sources.position[mine], sources.latent[mine]
+        here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
+        place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
+        padded = latent.new_zeros(len(here), int(counts.max()) if len(counts) else 0)
+        padded[index, place] = latent
+        free = sources.free[row, :length].nonzero()[:, 0]
+        every = torch.cat([position, free])
+        names = torch.cat([latent, torch.full_like(free, REST)])
+        number_of_all = torch.full_like(every, number)
+        return cls(sources, row, number_of_all, every, names, sources.delta[mine], here, index, place, padded)
+
+    def weights(self, pulled: Tensor) -> Tensor:
+        """(f_u - f'_u) w_u . pulled [c, T, d] at u's position, and of errors, [c, n]."""
+        free = self.position[len(self.delta) :]
+        rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[self.row, : pulled.shape[1]])[:, free]
+        if not len(self.delta):
+            return rest
+        step = max(1, GATHERED // (self.padded.shape[1] * pulled.shape[2]))
+        if self.gathered is not None:
+            parts = [torch.bmm(self.gathered, pulled[:, self.here].permute(1, 2, 0))]
+        else:
+            parts = [
+                torch.bmm(self.sources.decoder[rows], pulled[:, at].permute(1, 2, 0))
+                for at, rows in zip(self.here.split(step), self.padded.split(step), strict=True)
+            ]
+        return torch.cat([torch.cat(parts)[self.index, self.place].T * self.delta, rest], dim=1)
 
 
 # Jobs ----------------------------------------------------------------------------------------------------------------

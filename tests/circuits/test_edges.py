@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from circuits.edges import (
     REST,
+    EdgeRows,
     Edges,
     Output,
     Plan,
@@ -475,6 +477,20 @@ def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> Non
     for k in range(len(full.total)):
         strongest = full.weight[full.target == k].abs().sort(descending=True).values[:3]
         assert torch.allclose(few.weight[few.target == k].abs().sort(descending=True).values, strongest, atol=1e-5)
+
+
+def test_a_sink_is_given_every_edge_once(setting: Setting) -> None:
+    model, batch, _, sources, targets = setting
+    full = edges(model, batch, sources, targets, chunk=7)
+    given: list[EdgeRows] = []
+    rest = edges(model, batch, sources, targets, chunk=7, sink=given.append)
+    assert len(given) > 3
+    assert len(rest.weight) == 0
+    assert torch.equal(rest.total, full.total)
+    assert torch.equal(rest.gap, full.gap)
+    frame = pl.concat([each.frame() for each in given]).sort("target", maintain_order=True)
+    for name in ("target", "source", "position", "latent", "weight"):
+        assert frame[name].to_list() == getattr(full, name).tolist()
 
 
 # Edges of the definition -------------------------------------------------------------------------------------
