@@ -7,8 +7,9 @@
 2. `sparse_feature_circuits`: the loop of Marks et al. 2024 as `attribution.jvp` of their repository has it. For each
    pair of neighbouring sites a forward pass of the whole model with both dictionaries in the graph (the site goes on as
    reconstruction plus error, the error's gradient set to zero), then for each downstream latent one `backward`, which
-   runs from there to the embeddings and into the parameters, none of which are frozen; the gradient of the upstream
-   latents is dense, [T, d_sae], and so is its product with their change.
+   runs from there to the embeddings, over the whole batch of prompts and into the parameters, none of which are frozen;
+   the gradient of the upstream latents is dense, [B, T, d_sae], and so is its product with their change. Prompts are
+   batched as theirs are, at their smallest default of two (`get_circuit_cluster`; their scripts use 6 to 20).
 3. `one_backward_per_target`: the same idea, given what is ours to give: one forward with sites cut from one another,
    parameters frozen, only active decoder rows, and for each target one pass for all upstream sites together.
 4. `one_prompt_repeated`: the loop of circuit-tracer (Ameisen et al. 2025), `AttributionContext.compute_batch`. A prompt
@@ -123,13 +124,10 @@ def sparse_feature_circuits(model: SubjectModel, tasks: list[Task], _: int) -> l
     every = []
     for task in tasks:
         found: Found = {}
-        for row in range(len(task.batch)):
-            for place, targets in enumerate(task.targets):
-                wanted = (targets.row == row).nonzero()[:, 0].tolist()
-                (upstream,) = (i for i, each in enumerate(task.sources[1:], 1) if each.site == targets.place)
-                pulled = one_pair(model, task, row, upstream - 1, targets, wanted)
-                for k, weights in zip(wanted, pulled, strict=True):
-                    found[place, k] = {upstream - 1: weights}
+        for place, targets in enumerate(task.targets):
+            (own,) = (i for i, each in enumerate(task.sources) if i > 0 and each.site == targets.place)
+            for k, weights in enumerate(one_pair(model, task, own - 1, targets)):
+                found[place, k] = {own - 1: weights}
         every.append(found)
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
@@ -137,11 +135,9 @@ def sparse_feature_circuits(model: SubjectModel, tasks: list[Task], _: int) -> l
     return every
 
 
-def one_pair(
-    model: SubjectModel, task: Task, row: int, source: int, targets: Targets, wanted: list[int]
-) -> list[Tensor]:
-    """Their `jvp` from source to targets of one row: weights [n] for each target."""
-    sources, length = task.sources[source], int(task.batch.mask[row].sum())
+def one_pair(model: SubjectModel, task: Task, source: int, targets: Targets) -> list[Tensor]:
+    """Their `jvp` from a source to the next site's targets, on a batch of prompts: weights [n] for each target."""
+    sources = task.sources[source]
     blocks = model.module.get_submodule(ARCHITECTURES[model.architecture].blocks)
     up = task.dictionaries[source - 1] if source > 0 else None
     down = next(each for each in task.dictionaries if each.site == targets.place)
@@ -167,22 +163,21 @@ def one_pair(
         blocks[sources.site.layer].register_forward_pre_hook(upstream),
         blocks[down.site.layer].register_forward_pre_hook(downstream),
     ]
-    model.module(input_ids=task.batch.clean[row : row + 1, :length], use_cache=False, logits_to_keep=1)
+    model.module(input_ids=task.batch.clean, use_cache=False, logits_to_keep=1)  # padding is on the right, and causal
     for hook in hooks:
         hook.remove()
-    mine = sources.row == row
-    position, latent, free = sources.position[mine], sources.latent[mine], sources.free[row].nonzero()[:, 0]
-    change = torch.zeros(length, sources.decoder.shape[0])
-    change[position, latent] = sources.delta[mine]
+    change = torch.zeros(*task.batch.clean.shape, sources.decoder.shape[0])
+    change[sources.row, sources.position, sources.latent] = sources.delta
     rows = []
-    for k in wanted:
-        at = int(targets.position[k])
+    for k, (row, at) in enumerate(zip(targets.row.tolist(), targets.position.tolist(), strict=True)):
         kept["x"].grad = None
         if up is not None:
             kept["f"].grad = None
-        kept["g"][0, at, int(targets.names[k].rsplit("/", 1)[1])].backward(retain_graph=True)
-        of_rest = (kept["x"].grad[0] * sources.rest[row, :length]).sum(-1)[free]
-        of_latents = (kept["f"].grad[0] * change)[position, latent] if up is not None else of_rest[:0]
+        kept["g"][row, at, int(targets.names[k].rsplit("/", 1)[1])].backward(retain_graph=True)
+        mine, free = sources.row == row, sources.free[row].nonzero()[:, 0]
+        position, latent = sources.position[mine], sources.latent[mine]
+        of_latents = (kept["f"].grad * change)[row, position, latent] if up is not None else sources.delta[mine]
+        of_rest = (kept["x"].grad * sources.rest).sum(-1)[row, free]
         rows.append(torch.where(torch.cat([position, free]) <= at, torch.cat([of_latents, of_rest]), 0.0))
     return rows
 

@@ -139,7 +139,7 @@ class Autoencoder:
         """latents @ decoder, [..., d_model] of [..., d_sae]; where few are on, by those alone."""
         flat = latents.reshape(-1, latents.shape[-1])
         token, latent = flat.nonzero(as_tuple=True)
-        if FEW * len(token) > flat.numel():
+        if len(token) == 0 or FEW * len(token) > flat.numel():
             return latents @ self.decoder
         starts = torch.searchsorted(token, torch.arange(len(flat), device=token.device))
         values = flat[token, latent]
