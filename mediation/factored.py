@@ -303,6 +303,10 @@ def partitions(sets: Tensor) -> list[list[int]]:
                 family.append(best)
                 shared = shared + both[best]
                 covered = covered + size[best]
+            # Two rare values of different attributes meet in few rows too; all others of the family cover such a stray.
+            while (stray := (shared[family] / size[family] - 1).max(0)).values > OVERLAP:
+                gone = family.pop(int(stray.indices))
+                shared, covered = shared - both[gone], covered - size[gone]
             miss = float(n - covered)
             if -OVERLAP * n <= miss <= 2 * size[family].max():
                 families[tuple(sorted(family))] = (len(family), -abs(miss))
