@@ -27,7 +27,6 @@ function of the rows. Values are the smallest sets that are far more linear than
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from mediation.errors import MediationError
-from mediation.metalatents import MetaDictionary, checked_rows
+from mediation.metalatents import TRAINED_ON, MetaDictionary, Progress, checked_rows
 
 STARTS = 256  # of each kind: rows, random directions, directions of much variance
 TAILS = ((1 / 32, 1 / 16, 1 / 8), (1 / 4, 1 / 2))  # t, small ones until they find nothing more
@@ -50,13 +49,12 @@ SAME = 0.7  # intersection over union from which two sets are one
 INSIDE = 0.85  # share of a set in another from which it counts as its subset
 OVERLAP = 0.12  # share of a value's rows that may also have another value of the attribute
 BIMODAL = 0.8  # share of variance between halves from which a value is two; .64 of a normal distribution's
+APART = 1 / 8
 ABOVE_EDGE = 1.5  # and how far beyond noise that variance must be
 LEAST_SPREAD = 1e-2  # of the residual in a direction, relative to its mean: a bound on its weight
 UNEXPLAINED = 0.5  # least part of a set's variance that attributes must leave, for a fact of its own
 CLIMB, POLISH, ROUNDS, PASSES = 20, 12, 6, 3
 MAX_ROWS = 4096  # rows the facts are searched on
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -203,10 +201,10 @@ class _Search:
     def divided(self, attributes: list[Tensor]) -> list[Tensor]:
         """Step 5: attributes whose merged values are told apart, the clearest first, and refined again after each."""
         while True:
-            _, residual = self._fit(attributes)
+            means, residual = self._fit(attributes)
             halves = [
-                (*_half(residual, members[:, value]), number, value)
-                for number, members in enumerate(attributes)
+                (*_half(residual, members[:, value], float(torch.pdist(mean).square().mean())), number, value)
+                for number, (members, mean) in enumerate(zip(attributes, means, strict=True))
                 for value in range(members.shape[1])
             ]
             clear, half, number, value = max(halves, key=lambda found: found[0], default=(0.0, torch.empty(0), 0, 0))
@@ -391,11 +389,13 @@ def _climb(q: Tensor, directions: Tensor, tail: float) -> Tensor:
     return sets
 
 
-def _half(residual: Tensor, inside: Tensor) -> tuple[float, Tensor]:
+def _half(residual: Tensor, inside: Tensor, apart: float) -> tuple[float, Tensor]:
     """One half [n] of a value's rows, and how clearly they fall in two: the share of variance along their direction.
 
     0 unless they vary more than all other rows do along it, and than noise in so many dimensions would (the edge of
-    Marchenko and Pastur): an attribute not found yet divides the rows of all values alike.
+    Marchenko and Pastur): an attribute not found yet divides the rows of all values alike. And 0 unless the halves are
+    APART of the attribute's values apart (their mean squared distance): rows are of unit length, so that a value
+    counts for less beside long ones.
     """
     own = residual[inside] - residual[inside].mean(0)
     half = torch.zeros_like(inside)
@@ -408,7 +408,9 @@ def _half(residual: Tensor, inside: Tensor) -> tuple[float, Tensor]:
         return 0.0, half
     low, share = two_means(along)
     half[inside] = low
-    return (share if LEAST_MEMBERS <= int(low.sum()) <= len(own) - LEAST_MEMBERS else 0.0), half
+    gap = float(along[~low].mean() - along[low].mean())
+    enough = LEAST_MEMBERS <= int(low.sum()) <= len(own) - LEAST_MEMBERS and gap**2 > APART * apart
+    return (share if enough else 0.0), half
 
 
 def _predictor(q: Tensor, sets: Tensor) -> Tensor:
@@ -448,7 +450,7 @@ def _to_sae(rows: Tensor, values: Values, base_hash: str | None) -> JumpReLUSAE:
     at_others = (membership * (1 - inside)).sum(0) / (1 - inside).sum(0)
     about = SAEMetadata(
         training_architecture="factored",
-        trained_on="decoder rows",
+        trained_on=TRAINED_ON,
         attribute=values.attribute.tolist(),
         base_hash=base_hash,
     )

@@ -186,6 +186,16 @@ def quality(result: dict[str, Any]) -> None:
         console.print(escape(note))
 
 
+def meta_made(made: dict[str, Any]) -> str:
+    """What a meta-dictionary was made from, in a sentence."""
+    return (
+        f"Meta-SAE: {made['method']}, {made['width']} meta-latents from {made['rows']} rows of "
+        f"{', '.join(made['dictionaries'].values())} ({made['dead_dropped']} dead dropped, weights {made['weights']}, "
+        f"seed {made['seed']}); variance explained {_number(made['variance_explained'], 3)}, of rotated "
+        f"rows {_number(made['null_variance_explained'], 3)}."
+    )
+
+
 def label_opening(dictionaries: Sequence[Dictionary], n_tokens: int, seconds: float) -> None:
     """What is about to be labelled, and how long it will take."""
     sites = ", ".join(f"{d.site.name} ({d.d_sae} latents)" for d in dictionaries)
