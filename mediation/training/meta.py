@@ -164,7 +164,7 @@ def train_meta(
         "dead_dropped": read.dead,
         "weights": weights,
         "seed": seed,
-        "codes_per_row": (meta.codes(rows) > 0).sum(1).float().mean().item(),
+        "codes_per_row": (meta.codes(drawn) > 0).sum(1).float().mean().item(),
         "variance_explained": explained,
         "held_out": held_out,
         "null_variance_explained": null,
