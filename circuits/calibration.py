@@ -1,4 +1,4 @@
-"""Edges measured: a sample is patched exactly, path by path, and compared with what the graph says.
+"""The graph measured: a sample is patched exactly, and compared with what the graph says and what it left out.
 
 Algorithm, for the edge from u to d
 1. Hold every source's site at its clean value, as the edge's definition does; at u's site take away u's change
@@ -7,18 +7,31 @@ Algorithm, for the edge from u to d
    others, carry. The clean value minus the moved one is the exact edge.
 3. The sample is stratified by |edge|, so that small edges are in it; many patches share a forward.
 Source: path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023), between latents.
+
+Algorithm of `missed_important`, for nodes
+1. The run's sample of patched nodes: in it are all nodes of all sizes with nearly the same chance, since its
+   strata are equal parts of each batch. Only latents, and only evaluation prompts: the graph's latents were chosen
+   on the others.
+2. A node is kept when its (site, role, latent) is in the graph. It is important when its measured |effect| is at
+   least the median of that of the kept ones.
+3. The share of important nodes that are not kept is bounded by Clopper and Pearson's one-sided limit. Going down
+   the sample by |effect| until half of the kept have been met is inverse sampling, for which this limit is exact
+   while kept and left-out nodes mix evenly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
 from circuits.edges import Edges, Plan, Targets
 from mediation.prompts import Batch
-from mediation.statistics import stratified_sample
+from mediation.statistics import share_at_most, stratified_sample
 from mediation.subject import SubjectModel
 
 
@@ -70,3 +83,35 @@ def calibrate_edges(
     sample = stratified_sample(found.weight.double().cpu().numpy(), n, seed=seed)
     chosen = torch.from_numpy(sample).to(found.weight.device)
     return chosen, exact_edges(model, batch, targets, found, chosen, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Important nodes of the sample, those not in the graph among them, and the share's 95 % upper bound.
+
+    `kept` counts the graph's nodes in the sample; without any there is nothing to compare with and no bound.
+    """
+
+    important: int
+    missed: int
+    kept: int
+    at_most: float | None
+
+
+def missed_important(sample: pl.DataFrame, nodes: pl.DataFrame, prompts: Collection[str]) -> Missed:
+    """How much the graph of the latents `nodes` can have missed.
+
+    sample: prompt, site, role, latent, exact_effect of nodes patched exactly. nodes: site, role, latent of the
+    graph. prompts: ids of those that did not choose them.
+    """
+    latents = sample.filter(pl.col("latent").is_not_null() & pl.col("prompt").is_in(list(prompts)))
+    chosen = nodes.select("site", "role", "latent", kept=pl.lit(True)).unique()
+    joined = latents.join(chosen, on=["site", "role", "latent"], how="left")
+    size, kept = joined["exact_effect"].abs().to_numpy(), joined["kept"].is_not_null().to_numpy()
+    count = int(kept.sum())
+    if not count:
+        return Missed(0, 0, 0, None)
+    middle = np.sort(size[kept])[count // 2]  # so that half of the kept, the middle one included, reach it
+    important = size >= middle
+    missed = int((important & ~kept).sum())
+    return Missed(int(important.sum()), missed, count, share_at_most(missed, int(important.sum())))

@@ -72,10 +72,14 @@ def trace(
     _finish(commands.trace_command(source, chosen, out, quiet=as_json), as_json)
 
 
-@app.command(epilog="Examples: mediation inspect runs/capitals; mediation inspect --dictionary packs/layer-15")
+@app.command(
+    epilog="Examples: mediation inspect runs/capitals; mediation inspect runs/capitals --prompt france; "
+    "mediation inspect --dictionary packs/layer-15"
+)
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
+    prompt: Annotated[str | None, typer.Option(help="Id of one prompt of the run, for its own graph.")] = None,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
@@ -93,12 +97,28 @@ def inspect(
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
     if run is not None:
-        _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+        _finish(commands.inspect_command(run, paths, prompt, quiet=as_json), as_json)
         return
+    if prompt is not None:
+        raise MediationError("A prompt belongs to a run; give the run's folder with --prompt.")
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")
     source = commands.Source(model or "", (dictionary or "",), "", device, allow_download)
     _finish(commands.quality_command(source, text or [], tokens, spelling, meta, seed, quiet=as_json), as_json)
+
+
+@app.command(epilog="Example: mediation contrast runs/sycophantic runs/honest")
+def contrast(
+    first: Annotated[Path, typer.Argument(help="Run folder.")],
+    second: Annotated[Path, typer.Argument(help="Run folder whose means are taken away, of the same dictionaries.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for nodes.parquet and edges.parquet.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What two prompt sets, or two models, use differently: nodes and edges of one run minus those of another."""
+    from mediation import commands
+
+    _finish(commands.contrast_command(first, second, out, seed, quiet=as_json), as_json)
 
 
 @app.command(epilog="Example: mediation flag runs/capitals --meta packs/layer-15-meta")

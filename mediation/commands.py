@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -14,8 +17,11 @@ import polars as pl
 import torch
 
 from circuits.build import build_graph
+from circuits.consensus import Tier
+from circuits.contrast import contrast
 from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
+from circuits.prompt_graph import prompt_graph
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -38,8 +44,10 @@ from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
     TraceSettings,
+    error_warnings,
     estimate,
     prepare,
+    prompt_table,
     seconds_per_token,
     set_effect,
     top_latents,
@@ -152,24 +160,69 @@ def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int,
     }
 
 
-def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
-    """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
+def inspect_command(path: Path, paths: int, prompt: str | None = None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect`: the graph of the set, or of one prompt: a tree of strongest paths, a page and GraphML."""
     run = Run.open(path)
-    graph = AttributionGraph.load(run.path / "graph.json")
-    figures = _page_figures(run)
+    whole = AttributionGraph.load(run.path / "graph.json")
+    graph = whole if prompt is None else prompt_graph(run, prompt)
     flags = page_flags(run.read("flags")) if run.has("flags") else []
-    page = run.write_text("index.html", render(graph, title=run.path.name, figures=figures, flags=flags))
-    graphml = run.write_text("graph.graphml", to_graphml(graph))
-    found = graph.strongest_paths(paths)
+    if prompt is None:
+        names, title, figures = ("index.html", "graph.graphml"), run.path.name, _page_figures(run, whole)
+    else:
+        stem, title = f"prompt-{_file_stem(prompt)}", f"{run.path.name}: {prompt}"
+        names, figures = (f"{stem}.html", f"{stem}.graphml"), _prompt_figures(run, graph)
+        flags = [flag for flag in flags if flag["prompt"] == prompt]
+    page = run.write_text(names[0], render(graph, title=title, figures=figures, flags=flags))
+    graphml = run.write_text(names[1], to_graphml(graph))
+    tiers = tier_counts(graph) if prompt is None else {}
+    warnings = error_warnings(graph.error_share())
     if not quiet:
         report.paths(graph, paths)
+        if prompt is None:
+            report.recurrence(graph, tiers)
+        report.calibration(whole.meta["calibration"], warnings)
         report.files(page, graphml)
     return {
         "run": str(path),
-        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in found],
+        "prompt": prompt,
+        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in graph.strongest_paths(paths)],
+        "tiers": tiers,
+        **whole.meta["calibration"],
+        "warnings": warnings,
         "page": str(page),
         "graphml": str(graphml),
     }
+
+
+def tier_counts(graph: AttributionGraph) -> dict[str, dict[str, int]]:
+    """How many nodes and edges of a set's graph are of each tier; empty where it has none."""
+    nodes, edges = graph.digraph.nodes(data="tier"), graph.digraph.edges(data="tier")
+    counted = {"nodes": Counter(tier for _, tier in nodes), "edges": Counter(tier for *_, tier in edges)}
+    return {kind: {tier: counts[tier] for tier in Tier if counts[tier]} for kind, counts in counted.items()}
+
+
+def _file_stem(prompt: str) -> str:
+    """A prompt's id as part of a file's name; ids that had to be changed keep apart by their hash."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", prompt)[:80]
+    return plain if plain == prompt else f"{plain}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def contrast_command(first: Path, second: Path, out: Path | None, seed: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation contrast`: nodes and edges of one run minus those of another."""
+    found = contrast(Run.open(first), Run.open(second), seed=seed)
+    result = {"first": str(first), "second": str(second), **found.summary()}
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, table in (("nodes", found.nodes), ("edges", found.edges)):
+                table.write_parquet(out / f"{name}.parquet")
+        except OSError as error:
+            raise MediationError(f"Cannot write into {out} ({error.strerror}); choose another folder.") from error
+        result["out"] = str(out)
+    if not quiet:
+        report.contrast(found, str(first), str(second))
+        report.files(*([] if out is None else [out / "nodes.parquet", out / "edges.parquet"]))
+    return result
 
 
 def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
@@ -239,22 +292,42 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _page_figures(run: Run) -> dict[str, str]:
+def _page_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
     """The trust figures of a run as the page shows them."""
     trust = run.info["trust"]
-    effect = set_effect(run)
+    effect, held_out = set_effect(run), graph.meta["held_out_prompts"]
+    return {
+        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
+        "prompts": f"{effect['prompts']}, {held_out} of them held out for intervals and tiers",
+        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
+        **_calibration_figures(trust, graph),
+    }
 
+
+def _prompt_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
+    """The figures on the page of one prompt; what was patched exactly is a sample of the whole run."""
+    effects = prompt_table(run).filter(pl.col("prompt") == graph.meta["prompt"])
+    total = (effects["clean"] - effects["baseline"]).to_numpy()
+    gap = abs(effects["ig"].to_numpy() - total).max()
+    return {
+        "total effect": f"{total[0]:+.2f}, from {effects['baseline'][0]:+.2f} to {effects['clean'][0]:+.2f}",
+        "conservation gap, worst site": f"{gap:.3f}",
+        **_calibration_figures(run.info["trust"], graph),
+    }
+
+
+def _calibration_figures(trust: dict[str, Any], graph: AttributionGraph) -> dict[str, str]:
     def measured(each: dict[str, Any], kind: str) -> str:
         pearson = "-" if each["pearson"] is None else f"{each['pearson']:.2f}"
         return f"Pearson {pearson} over {each['n']} {kind}"
 
+    missed, warnings = trust["important_missed"], error_warnings(graph.error_share())
     return {
-        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
-        "prompts": str(effect["prompts"]),
-        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
-        "on error nodes, worst site": f"{max(trust['error_share'].values()):.0%}",
+        "on error nodes, worst site": f"{max(graph.error_share().values()):.0%}",
         "ig against exact": measured(trust["estimator_vs_exact"]["ig"], "nodes"),
         "edges against exact": measured(trust["edges_vs_exact"], "edges"),
+        "important nodes missed": "unknown" if missed["at_most"] is None else f"at most {missed['at_most']:.0%}",
+        **({"warning": " ".join(warnings)} if warnings else {}),
     }
 
 
