@@ -86,7 +86,7 @@ def calibration(run: Run, nodes: pl.DataFrame) -> dict[str, object]:
     """How the edges agree with those patched exactly, and how much the graph of `nodes` can have missed."""
     sample = run.read("edge_calibration")
     agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
-    missed = missed_important(run.read("calibration"), nodes, prompt_ids(run, Half.EVALUATION))
+    missed = missed_important(run.read("calibration"), run.read("nodes"), nodes, prompt_ids(run, Half.EVALUATION))
     return {"edges_vs_exact": asdict(agreed), "important_missed": asdict(missed)}
 
 

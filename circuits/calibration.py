@@ -12,11 +12,12 @@ Algorithm of `missed_important`, for nodes
 1. The run's sample of patched nodes: in it are all nodes of all sizes with nearly the same chance, since its
    strata are equal parts of each batch. Only latents, and only evaluation prompts: the graph's latents were chosen
    on the others.
-2. A node is kept when its (site, role, latent) is in the graph. It is important when its measured |effect| is at
-   least the median of that of the kept ones.
-3. The share of important nodes that are not kept is bounded by Clopper and Pearson's one-sided limit. Going down
-   the sample by |effect| until half of the kept have been met is inverse sampling, for which this limit is exact
-   while kept and left-out nodes mix evenly.
+2. A node is kept when its (site, role, latent) is in the graph. It is important when its exact |effect| is at
+   least the median of that of all kept ones. Of K kept and L left-out nodes, with a share p of the latter
+   important, the graph misses p L of p L + K / 2 important nodes.
+3. The median is not known, but the sample says what it is at least: an order statistic of the kept ones. How many
+   of the left-out ones reach that bounds p (Clopper and Pearson 1934). Each may be wrong in 2.5 % of samples, so
+   that the bound on the share missed is wrong in at most 5 %.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import torch
+from scipy import stats
 from torch import Tensor
 
 from circuits.edges import Edges, Plan, Targets
 from mediation.prompts import Batch
 from mediation.statistics import share_at_most, stratified_sample
 from mediation.subject import SubjectModel
+
+LEVEL = 0.95  # of the bound on what a graph misses
 
 
 def exact_edges(
@@ -87,9 +91,10 @@ def calibrate_edges(
 
 @dataclass(frozen=True)
 class Missed:
-    """Important nodes of the sample, those not in the graph among them, and the share's 95 % upper bound.
+    """Important nodes among those patched, by the median of the patched kept ones, and those not in the graph.
 
-    `kept` counts the graph's nodes in the sample; without any there is nothing to compare with and no bound.
+    `kept` counts the graph's nodes in the sample; without any there is nothing to compare with, and no bound.
+    at_most: 95 % upper bound of the share of all important nodes that are not in the graph.
     """
 
     important: int
@@ -98,20 +103,30 @@ class Missed:
     at_most: float | None
 
 
-def missed_important(sample: pl.DataFrame, nodes: pl.DataFrame, prompts: Collection[str]) -> Missed:
-    """How much the graph of the latents `nodes` can have missed.
+def missed_important(
+    sample: pl.DataFrame, nodes: pl.DataFrame, graph: pl.DataFrame, prompts: Collection[str]
+) -> Missed:
+    """How much a graph can have missed.
 
-    sample: prompt, site, role, latent, exact_effect of nodes patched exactly. nodes: site, role, latent of the
-    graph. prompts: ids of those that did not choose them.
+    sample: prompt, site, role, latent, exact_effect of nodes patched exactly. nodes: prompt, site, role, latent of
+    all nodes. graph: site, role, latent of the graph's. prompts: ids of those that did not choose them.
     """
-    latents = sample.filter(pl.col("latent").is_not_null() & pl.col("prompt").is_in(list(prompts)))
-    chosen = nodes.select("site", "role", "latent", kept=pl.lit(True)).unique()
-    joined = latents.join(chosen, on=["site", "role", "latent"], how="left")
-    size, kept = joined["exact_effect"].abs().to_numpy(), joined["kept"].is_not_null().to_numpy()
-    count = int(kept.sum())
-    if not count:
+    chosen = graph.select("site", "role", "latent", kept=pl.lit(True)).unique()
+
+    def marked(table: pl.DataFrame) -> pl.DataFrame:
+        latents = table.filter(pl.col("latent").is_not_null() & pl.col("prompt").is_in(list(prompts)))
+        joined = latents.join(chosen, on=["site", "role", "latent"], how="left")
+        return joined.with_columns(pl.col("kept").fill_null(False))
+
+    patched, everything = marked(sample), marked(nodes)["kept"]
+    size, inside = patched["exact_effect"].abs().to_numpy(), patched["kept"].to_numpy()
+    kept, left_out = np.sort(size[inside]), size[~inside]
+    if not len(kept):
         return Missed(0, 0, 0, None)
-    middle = np.sort(size[kept])[count // 2]  # so that half of the kept, the middle one included, reach it
-    important = size >= middle
-    missed = int((important & ~kept).sum())
-    return Missed(int(important.sum()), missed, count, share_at_most(missed, int(important.sum())))
+    middle = kept[len(kept) // 2]
+    below = int(stats.binom.ppf((1 - LEVEL) / 2, len(kept), 0.5))  # so few are below the median, or fewer, rarely
+    least = kept[below - 1] if below else 0.0
+    share = share_at_most(int((left_out >= least).sum()), len(left_out), level=(1 + LEVEL) / 2)
+    missed = share * int((~everything).sum())
+    bound = missed / (missed + int(everything.sum()) / 2)
+    return Missed(int((size >= middle).sum()), int((left_out >= middle).sum()), len(kept), bound)
