@@ -18,7 +18,7 @@ from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.runs import Run
-from mediation.trace import prompt_table
+from mediation.trace import NODE_KEYS, prompt_table
 
 LISTED = 5  # ids named to someone who asks for a prompt that is not there
 EMBEDDINGS = "blocks.0.hook_resid_pre"
@@ -74,7 +74,9 @@ def prompt_graph(run: Run, prompt_id: str) -> AttributionGraph:
         pl.col("role").first(), pl.col("text").unique(maintain_order=True).str.join("|")
     ).sort("position")  # fmt: skip
     estimator = run.settings.get("estimator", Estimator.IG.value)
-    nodes = run.read("nodes").filter(mine)
+    nodes = run.read("nodes").filter(mine).group_by(NODE_KEYS, maintain_order=True).agg(
+        pl.col("clean").first(), *(pl.col(name).sum() for name in dict.fromkeys([estimator, "ig"]))
+    )  # fmt: skip
     shares = nodes.group_by("site", maintain_order=True).agg(
         pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
     )
