@@ -298,7 +298,7 @@ def _page_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
     effect, held_out = set_effect(run), graph.meta["held_out_prompts"]
     return {
         "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
-        "prompts": f"{effect['prompts']}, {held_out} of them held out for intervals and tiers",
+        "prompts": f"{effect['prompts']}" + (f", {held_out} held out for intervals and tiers" if held_out else ""),
         "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
         **_calibration_figures(trust, graph),
     }

@@ -73,3 +73,18 @@ def test_tree_colours_by_sign_and_prints_labels_as_they_are() -> None:
     assert "[/red] [bold]x" in text
     assert "\x1b[31m-0.500" in text
     assert "\x1b[32m+0.250" in text
+
+
+def test_what_recurs_stands_in_the_tree_and_in_graphml() -> None:
+    graph = random_graph(3, layers=1, width=1, positions=1, density=1)
+    (latent,) = (name for name, data in graph.digraph.nodes(data=True) if data["kind"] == "latent")
+    graph.digraph.edges[latent, "target"].update(tier="consensus", frequency=0.75, low=0.1, high=None)
+    graph.digraph.edges["embed/0", latent].update(tier=None, frequency=0.5)
+    text = shown(path_tree(graph))
+    assert "consensus 75%" in text
+    assert "kept in 50%" in text
+    again = nx.parse_graphml(to_graphml(graph))
+    edge = again.edges[latent, "target"]
+    assert (edge["tier"], edge["frequency"], edge["low"]) == ("consensus", 0.75, 0.1)
+    assert "high" not in edge
+    assert "tier" not in again.edges["embed/0", latent]
