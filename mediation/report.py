@@ -124,7 +124,8 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
         "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE",
-        caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
+        caption="attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
+        "measured, at all positions",
     )  # fmt: skip
     labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
     if labelled:
