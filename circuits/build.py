@@ -21,7 +21,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from circuits.calibration import calibrate_edges, missed_important
+from circuits.calibration import calibrate_edges, kept_sample, missed_important
 from circuits.consensus import consensus_tables
 from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
 from circuits.graph import AttributionGraph
@@ -37,6 +37,7 @@ from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, prompt_ids, role_of, set_effect, top_latents, trust
 
 KEEP = 200  # strongest in-edges kept of each target of each prompt
+KEPT_PART = 4  # one of the graph's own nodes is patched exactly for so many of all nodes
 CALIBRATION = ("estimator_vs_exact", "edges_vs_exact", "important_missed")
 TOKENS = {"prompt": pl.String, "position": pl.Int64, "role": pl.String, "token": pl.Int64}
 
@@ -58,8 +59,9 @@ def build_graph(
         for number, batch in enumerate(prepared.batches):
             if not run.has_shard("edges", name := f"{number:05d}"):
                 run.write_shard("tokens", name, token_table(batch, prepared, model))
-                found, measured = _batch_edges(model, ordered, batch, prepared, nodes, settings)
+                found, measured, effects = _batch_edges(model, ordered, batch, prepared, nodes, settings)
                 run.write_shard("edge_calibration", name, measured)
+                run.write_shard("kept_calibration", name, effects)
                 run.write_shard("edges", name, found)
             progress(number + 1, len(prepared.batches))
     run.record(trust=calibration(run, nodes))
@@ -86,7 +88,9 @@ def calibration(run: Run, nodes: pl.DataFrame) -> dict[str, object]:
     """How the edges agree with those patched exactly, and how much the graph of `nodes` can have missed."""
     sample = run.read("edge_calibration")
     agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
-    missed = missed_important(run.read("calibration"), run.read("nodes"), nodes, prompt_ids(run, Half.EVALUATION))
+    held_out = pl.col("prompt").is_in(prompt_ids(run, Half.EVALUATION))
+    sampled, everything = (run.read(kind).filter(held_out) for kind in ("calibration", "nodes"))
+    missed = missed_important(sampled, run.read("kept_calibration")["exact_effect"], everything, nodes)
     return {"edges_vs_exact": asdict(agreed), "important_missed": asdict(missed)}
 
 
@@ -148,17 +152,18 @@ def _batch_edges(
     prepared: Prepared,
     nodes: pl.DataFrame,
     settings: TraceSettings,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Step 2 for one batch: in-edges of the chosen nodes and of the behaviour, by prompt; a sample measured."""
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Step 2 for one batch: in-edges of the chosen nodes and of the behaviour, by prompt.
+
+    A sample of the edges is measured, and one of the chosen nodes on prompts that did not choose them.
+    """
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
     sources = [Sources.of(state) for state in states]
     if all(dictionary.site.canonical() != EMBEDDING_SITE for dictionary in dictionaries):
         sources.append(_embeddings(model, batch, prepared, settings.baseline))
-    targets = [
-        Targets.latents(state, gradient, _chosen(state, batch, nodes))
-        for state, gradient in zip(states, gradients, strict=True)
-    ]
+    chosen = [_chosen(state, batch, nodes) for state in states]
+    targets = [Targets.latents(*each) for each in zip(states, gradients, chosen, strict=True)]
     between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
     into = behaviour_edges(model, batch, sources, steps=settings.steps)
     blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
@@ -166,7 +171,13 @@ def _batch_edges(
     measured = [_measured(model, batch, found, these, wanted, settings) for found, these in blocks]
     tokens = token_table(batch, prepared, model)
     links = [_by_prompt(between, batch, prepared), _strongest(_by_prompt(into, batch, prepared), tokens, nodes)]
-    return pl.concat(links), pl.concat(measured)
+    choosing = [prepared.halves[prepared.prompts[each.prompt].id] is Half.DISCOVERY for each in batch.examples]
+    held_out = ~torch.tensor(choosing, device=batch.clean.device)
+    fresh = [each[held_out[state.row[each]]] for state, each in zip(states, chosen, strict=True)]
+    some = ceil(settings.sample * len(states) * prepared.share(batch) / KEPT_PART)
+    effects = kept_sample(model, batch, states, fresh, some, settings.estimators, seed=settings.seed)
+    kept = pl.DataFrame({"exact_effect": effects.double().cpu().numpy()})
+    return pl.concat(links), pl.concat(measured), kept
 
 
 def _measured(

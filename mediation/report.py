@@ -109,11 +109,11 @@ def calibration(figures: dict[str, Any], warnings: Sequence[str]) -> None:
         )
     missed = figures["important_missed"]
     if missed["at_most"] is None:
-        console.print("What the graph misses is unknown: none of its nodes is among those patched exactly.")
+        console.print("What the graph misses is unknown: none of its nodes was patched exactly on held-out prompts.")
     else:
         console.print(
-            f"Of {missed['important']} sampled nodes with at least the effect of the graph's middle one, "
-            f"{missed['missed']} are not in the graph; it misses at most {missed['at_most']:.0%} of such nodes "
+            f"{missed['missed']} of {missed['left_out']} sampled nodes outside the graph have at least the median "
+            f"effect of those in it ({missed['median']:.2g}): it misses at most {missed['at_most']:.0%} of such nodes "
             "(95 % bound, held-out prompts)."
         )
     for warning in warnings:
