@@ -68,11 +68,11 @@ def path_tree(graph: AttributionGraph, paths: list[GraphPath] | int = 12) -> Tre
             tail = path.nodes[start:]
             if tail not in branches:
                 edge = graph.digraph.edges[tail[0], tail[1]]
-                branches[tail] = branches[tail[1:]].add(_line(graph, tail[0], edge["contribution"], recurrence(edge)))
+                branches[tail] = branches[tail[1:]].add(_line(graph, tail[0], edge["contribution"], tier_text(edge)))
     return root
 
 
-def recurrence(data: Mapping[str, Any]) -> str:
+def tier_text(data: Mapping[str, Any]) -> str:
     """How often a node or edge is kept, and its tier: "consensus 93%"; empty where a graph does not say."""
     if data.get("frequency") is None:
         return ""

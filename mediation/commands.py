@@ -21,7 +21,7 @@ from circuits.consensus import Tier
 from circuits.contrast import contrast
 from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
-from circuits.prompt_graph import prompt_graph
+from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -152,23 +152,29 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
     with report.bar("attribution", quiet) as tick:
         trace(model, dictionaries, prepared, run, settings, progress=tick)
     with report.bar("edges", quiet) as tick:
-        build_graph(model, dictionaries, prepared, run, settings, progress=tick)
-    result = _trace_result(run, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
+        graph = build_graph(model, dictionaries, prepared, run, settings, progress=tick)
+    result = _trace_result(run, graph, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
     if not quiet:
         report.trace(result, model)
     return result
 
 
-def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+def _trace_result(
+    run: Run, graph: AttributionGraph, settings: TraceSettings, labels: dict[str, dict[int, str]]
+) -> dict[str, Any]:
     info = run.info
     table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    nodes = table.select(node_ids("role").alias("id"))["id"]
     rows = table.drop("rank").to_dicts()
+    for row, name in zip(rows, nodes, strict=True):
+        row["label"] = labels[row["site"]].get(row["latent"])
+        row |= {key: graph.digraph.nodes.get(name, {}).get(key) for key in ("held_out", "frequency", "tier")}
     return {
         "run": str(run.path),
         "total_effect": set_effect(run, seed=settings.seed),
         **info["trust"],
         "fidelity": info["fidelity"],
-        "top_latents": [row | {"label": labels[row["site"]].get(row["latent"])} for row in rows],
+        "top_latents": rows,
         "effects": info["effects"],
         "seconds": sum(info["timings"].values()),
         "peak_memory_mb": info["peak_memory_mb"],

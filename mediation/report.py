@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from circuits.contrast import ALPHA, Contrast
-from circuits.export import path_tree
+from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
@@ -123,9 +123,9 @@ def calibration(figures: dict[str, Any], warnings: Sequence[str]) -> None:
 def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
-        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE",
+        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
         caption="attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
-        "measured, at all positions",
+        "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
     )  # fmt: skip
     labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
     if labelled:
@@ -139,6 +139,7 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
             _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
             "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
             _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
+            tier_text(row) or "-",
             *([escape(row["label"] or "")] if labelled else []),
         )  # fmt: skip
     console.print(table)

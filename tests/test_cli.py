@@ -283,11 +283,12 @@ def test_contrast_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         folder.mkdir()
         runs.append(str(folder / "run"))
         main(["trace", write(folder, rows), "--model", MODEL, "--saes", SAES, "--out", runs[-1], "--sample", "8"])
-    capsys.readouterr()
+    printed = capsys.readouterr().out
     out = tmp_path / "out"
     main(["contrast", *runs, "--out", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["paired"]
+    assert "recurs" in printed
     assert 2 <= found["prompts"][0] == found["prompts"][1] <= 12
     tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in ("nodes", "edges")}
     assert len(found["nodes"]) == len(tables["nodes"]) > 40

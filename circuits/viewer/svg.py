@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from circuits.export import recurrence
+from circuits.export import tier_text
 from circuits.graph import TARGET, AttributionGraph, node_label
 from circuits.viewer.layout import BOX, HEADING, HIGH, MARGIN, Layout, lay_out
 from circuits.viewer.text import escape, fit, percent, signed
@@ -108,7 +108,7 @@ def _hint(name: str, data: dict[str, Any], label: str) -> str:
         interval = f" [{signed(data['low'])}, {signed(data['high'])}]"
     if data["held_out"] is not None:
         lines.append(f"attribution {signed(data['attribution'])}")
-        lines.append(f"held out {signed(data['held_out'])}{interval}, {recurrence(data)}")
+        lines.append(f"held out {signed(data['held_out'])}{interval}, {tier_text(data)}")
     elif data["attribution"] is not None:
         lines.append(f"attribution {signed(data['attribution'])}{interval}")
     if data["activation"] is not None:
