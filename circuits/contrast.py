@@ -13,7 +13,7 @@ Algorithm
    elsewhere, so that their edges mean other things: then there are no edges.
 5. Benjamini and Hochberg's q-values, once over the nodes and once over the edges.
 
-A p-value this small needs prompts: k pairs give at least 2^(1-k).
+Few prompts bear no small p: k pairs give at least 2^(1-k).
 """
 
 from __future__ import annotations
