@@ -34,7 +34,7 @@ from mediation.errors import MediationError
 
 TARGET = "target"
 NODE_COLUMNS = ("id", "kind", "site", "position", "latent", "attribution", "low", "high", "label")
-OPTIONAL_NODE_COLUMNS = ("activation",)
+OPTIONAL_NODE_COLUMNS = ("activation", "influence")
 EDGE_COLUMNS = ("source", "target", "weight", "contribution")
 
 
@@ -45,6 +45,7 @@ class NodeKind(StrEnum):
     ERROR = "error"  # what the dictionary misses at a site and position
     EMBEDDING = "embedding"  # the token's embedding, at blocks.0.hook_resid_pre
     TARGET = "target"  # the behaviour
+    SUPERNODE = "supernode"  # several latents of one site and position, drawn as one (circuits.supernodes)
 
 
 def latent_id(site: str, position: int | str, latent: int) -> str:
@@ -82,8 +83,8 @@ class GraphPath:
 class AttributionGraph:
     """A directed acyclic graph of mediators.
 
-    `digraph`: nodes carry kind, site, position, latent, attribution, low, high, activation, label (None
-    where it does not apply); edges carry weight (E) and contribution (E * dm/df_d).
+    `digraph`: nodes carry kind, site, position, latent, attribution, low, high, activation, influence
+    (circuits.pruning), label (None where it does not apply); edges carry weight (E) and contribution (E * dm/df_d).
     `meta`: JSON values that describe the graph (behaviour, tokens, roles, total_effect, ...).
     """
 
@@ -107,7 +108,7 @@ class AttributionGraph:
         """Build a graph from the tables of a run.
 
         nodes: columns id, kind, site, position, latent, attribution, low, high, label, and optionally
-        activation. edges: source, target, weight, contribution. A missing `target` row is added, with
+        activation and influence. edges: source, target, weight, contribution. A missing `target` row is added, with
         `meta["behaviour"]` as label and `meta["total_effect"]` as attribution. NaN becomes None.
         Raises MediationError for missing columns, repeated ids, unknown kinds or end points, cycles.
         """
@@ -149,6 +150,14 @@ class AttributionGraph:
         if attribution is None:
             attribution = sum(value for _, _, value in self.digraph.out_edges(node, data="contribution"))
         return abs(attribution)
+
+    def positions(self) -> list[int | str]:
+        """Positions of nodes from left to right: as `meta["positions"]` has them, then integers in order, or roles
+        as they appear."""
+        used = [data["position"] for _, data in self.digraph.nodes(data=True) if data["kind"] != NodeKind.TARGET]
+        given = [position for position in self.meta.get("positions") or () if position in set(used)]
+        rest = [position for position in dict.fromkeys(used) if position not in given]
+        return given + (sorted(rest) if all(isinstance(position, int) for position in rest) else rest)
 
     def error_share(self) -> dict[str, float]:
         """Per site, |attribution| on error nodes over |attribution| on all its nodes.
@@ -207,7 +216,7 @@ class AttributionGraph:
     # -- pruning -----------------------------------------------------------------------------------
 
     def prune(self, top: int) -> AttributionGraph:
-        """The graph of the `top` strongest latents and embeddings, all error nodes and the target.
+        """The graph of the `top` nodes of the largest |attribution|, all error nodes and the target.
 
         Nodes that no longer reach the target are dropped, so nothing dangles; error nodes are not
         counted in `top`, because what the dictionaries miss must stay visible. `meta["pruned"]` tells
@@ -215,7 +224,7 @@ class AttributionGraph:
         `meta["error_share"]` keeps what `error_share` said before.
         """
         chosen = {TARGET, *self.ranked([NodeKind.ERROR])}
-        chosen.update(self.ranked([NodeKind.LATENT, NodeKind.EMBEDDING])[:top])
+        chosen.update(self.ranked(set(NodeKind) - {NodeKind.ERROR})[:top])
         part = self.digraph.subgraph(chosen)
         kept = nx.ancestors(part, TARGET) | {TARGET}
         everything = sum(map(self.strength, self.ranked()))
