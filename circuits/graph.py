@@ -21,7 +21,7 @@ import heapq
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -231,10 +231,15 @@ class AttributionGraph:
         share = sum(map(self.strength, kept - {TARGET})) / everything if everything else 0.0
         pruned = {"kept": len(kept), "of": len(self.digraph), "share": share}
         meta = self.meta | {"pruned": pruned, "error_share": self.error_share()}
-        # a copy in the order of the original, so that exports do not depend on set order
+        return self.restricted(kept, self.digraph.subgraph(kept).edges, meta)
+
+    def restricted(
+        self, nodes: Container[str], edges: Container[tuple[str, str]], meta: Mapping[str, Any]
+    ) -> AttributionGraph:
+        """A copy with these nodes and edges only, in the order of the original, so that no set order shows."""
         digraph = nx.DiGraph()
-        digraph.add_nodes_from((name, dict(d)) for name, d in self.digraph.nodes(data=True) if name in kept)
-        digraph.add_edges_from((s, t, dict(d)) for s, t, d in self.digraph.edges(data=True) if s in kept and t in kept)
+        digraph.add_nodes_from((name, dict(data)) for name, data in self.digraph.nodes(data=True) if name in nodes)
+        digraph.add_edges_from((s, t, dict(data)) for s, t, data in self.digraph.edges(data=True) if (s, t) in edges)
         return AttributionGraph(digraph, meta)
 
     # -- disk --------------------------------------------------------------------------------------

@@ -40,15 +40,11 @@ SOURCES = (NodeKind.ERROR, NodeKind.EMBEDDING)
 
 @dataclass(frozen=True)
 class Keep:
-    """How much to keep: shares of influence, at most `top` nodes that compete.
-
-    `sources`: error nodes and embeddings stay whatever their influence; otherwise they compete with the latents.
-    """
+    """How much to keep: shares of the influence of latents and of edges, and at most `top` latents."""
 
     nodes: float = 0.8
     edges: float = 0.98
     top: int | None = None
-    sources: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nodes", "edges"):
@@ -57,7 +53,7 @@ class Keep:
                     f"The share of influence of {name} is {getattr(self, name)}: give more than 0, at most 1 (all)."
                 )
         if self.top is not None and self.top < 1:
-            raise MediationError(f"The number of nodes to keep is {self.top}: give 1 or more.")
+            raise MediationError(f"The number of latents to keep is {self.top}: give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def prune(graph: AttributionGraph, keep: Keep | None = None) -> AttributionGraph
     keep = keep or Keep()
     digraph, found = graph.digraph, influence(graph)
     kinds = dict(digraph.nodes(data="kind"))
-    fixed = {TARGET} | {name for name, kind in kinds.items() if keep.sources and kind in SOURCES}
+    fixed = {name for name, kind in kinds.items() if kind in (NodeKind.TARGET, *SOURCES)}
     competing = {name: value for name, value in found.nodes.items() if name not in fixed}
     kept = _connected(digraph, fixed | set(_strongest(competing, keep.nodes)[: keep.top]))
     between = {(s, t): value for (s, t), value in found.edges.items() if s in kept and t in kept}
@@ -117,19 +113,15 @@ def prune(graph: AttributionGraph, keep: Keep | None = None) -> AttributionGraph
         },
         "error_share": graph.error_share(),
     }
-    part = nx.DiGraph()  # in the order of the original, so that exports do not depend on set order
-    part.add_nodes_from(
-        (name, dict(data) | {"influence": found.nodes[name]})
-        for name, data in digraph.nodes(data=True)
-        if name in kept
-    )
-    part.add_edges_from((s, t, dict(data)) for s, t, data in digraph.edges(data=True) if (s, t) in links)
-    return AttributionGraph(part, meta)
+    part = graph.restricted(kept, links, meta)
+    for name, data in part.digraph.nodes(data=True):
+        data["influence"] = found.nodes[name]
+    return part
 
 
 def _strongest(values: Mapping[Key, float], share: float) -> list[Key]:
     """Steps 3 and 5: the fewest whose values sum to `share` of all, strongest first; ties go by name."""
-    ranked = sorted(values, key=lambda name: (-values[name], name))
+    ranked: list[Key] = sorted(values, key=lambda name: (-values[name], name))
     if share == 1:
         return ranked  # those of no influence too, which a sum cannot tell
     before = np.cumsum([0.0, *(values[name] for name in ranked)])

@@ -21,7 +21,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import networkx as nx
@@ -36,8 +37,16 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition
 
+
 ALIKE = 0.8  # cosine of two profiles in one group
 Cell = tuple[str, int | str]  # a site and a position or role
+
+
+class Grouping(StrEnum):
+    """What makes latents alike."""
+
+    META = "meta"  # the same strongest meta-latent
+    EDGES = "edges"  # similar in- and out-edges
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,7 @@ def quotient(graph: AttributionGraph, supernodes: Sequence[Supernode]) -> Attrib
     drawn = nx.DiGraph()
     for name, data in digraph.nodes(data=True):
         if home[name] not in drawn:
-            group = of.get(home[name])
-            drawn.add_node(home[name], **(dict(data) if group is None else _merged(graph, group)))
+            drawn.add_node(home[name], **(_merged(graph, of[home[name]]) if home[name] in of else dict(data)))
     sums: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for source, target, data in digraph.edges(data=True):
         if home[source] == home[target]:
@@ -120,8 +128,14 @@ def quotient(graph: AttributionGraph, supernodes: Sequence[Supernode]) -> Attrib
         added = {key: math.fsum(part[key] for part in parts) for key in ("weight", "contribution")}
         drawn.add_edge(source, target, **added)
     members = {group.id: {"label": group.label, "members": list(group.members)} for group in supernodes}
-    meta = graph.meta | {"supernodes": members, "error_share": graph.error_share()}
+    meta = graph.meta | {"supernodes": graph.meta.get("supernodes", {}) | members, "error_share": graph.error_share()}
     return AttributionGraph(drawn, meta)
+
+
+def within(supernodes: Sequence[Supernode], graph: AttributionGraph) -> list[Supernode]:
+    """The groups of what is left of them in a smaller graph: of two members or more."""
+    left = [(each, tuple(name for name in each.members if name in graph.digraph)) for each in supernodes]
+    return [replace(each, members=members) for each, members in left if len(members) > 1]
 
 
 def _cells(graph: AttributionGraph) -> dict[Cell, list[str]]:
@@ -163,7 +177,7 @@ def _supernodes(graph: AttributionGraph, groups: Iterable[tuple[str, Cell, list[
     for label, cell, names in real:
         number[cell] += 1
         identity = f"{cell[0]}/{cell[1]}/group-{number[cell]}"
-        found.append(Supernode(identity, f"{label}, {len(names)} latents", tuple(names)))
+        found.append(Supernode(identity, label, tuple(names)))
     return found
 
 
@@ -180,7 +194,7 @@ def _common_label(graph: AttributionGraph, names: Sequence[str]) -> str:
 def _merged(graph: AttributionGraph, group: Supernode) -> dict[str, Any]:
     """A supernode's data: what its members share, and the sums of what they have."""
     parts = [graph.digraph.nodes[name] for name in group.members]
-    data = dict.fromkeys(parts[0]) | {"kind": NodeKind.SUPERNODE.value, "label": group.label}
+    data = dict.fromkeys(parts[0]) | {"kind": NodeKind.SUPERNODE.value, "label": f"{group.label}, {len(parts)} latents"}
     data |= {key: parts[0][key] for key in ("site", "position")}
     for key in ("attribution", "influence"):
         values = [part[key] for part in parts if part.get(key) is not None]

@@ -76,6 +76,14 @@ def trace(
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
+    nodes: Annotated[float, typer.Option(help="Share of the latents' influence that page and exports keep.")] = 0.8,
+    edges: Annotated[float, typer.Option(help="Share of the edges' influence that page and exports keep.")] = 0.98,
+    group: Annotated[
+        str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
+    ] = None,
+    export: Annotated[
+        list[str] | None, typer.Option(help="graphml, dot, parquet or neuronpedia; repeat. Default: graphml.")
+    ] = None,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
@@ -87,13 +95,14 @@ def inspect(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Which latents feed which, from a run: paths, a page (index.html), GraphML. Or a dictionary's quality."""
+    """Which latents feed which, from a run: paths, a page (index.html), exports. Or a dictionary's quality."""
     from mediation import commands
 
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
     if run is not None:
-        _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+        view = commands.View.of(nodes, edges, group, meta, export or [])
+        _finish(commands.inspect_command(run, paths, view, quiet=as_json), as_json)
         return
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")

@@ -14,8 +14,11 @@ import polars as pl
 import torch
 
 from circuits.build import build_graph
-from circuits.export import to_graphml
+from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
+from circuits.neuronpedia import probability
+from circuits.pruning import Keep, prune
+from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -152,24 +155,65 @@ def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int,
     }
 
 
-def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
-    """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
-    run = Run.open(path)
+@dataclass(frozen=True)
+class View:
+    """What `inspect` shows and writes of a run's graph; `meta` is for grouping by meta-latents."""
+
+    keep: Keep = Keep()
+    group: Grouping | None = None
+    meta: Path | None = None
+    exports: tuple[Format, ...] = (Format.GRAPHML,)
+
+    @classmethod
+    def of(cls, nodes: float, edges: float, group: str | None, meta: Path | None, exports: list[str]) -> View:
+        """The view that the command line's words ask for."""
+        grouping = None if group is None else _choice(Grouping, group, "group")
+        chosen = tuple(_choice(Format, each, "export") for each in exports) or cls.exports
+        return cls(Keep(nodes, edges), grouping, meta, chosen)
+
+
+def inspect_command(path: Path, paths: int, view: View | None = None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect`: the graph as a tree of strongest paths, a page, and files for other programs."""
+    run, view = Run.open(path), view or View()
     graph = AttributionGraph.load(run.path / "graph.json")
-    figures = _page_figures(run)
+    kept = prune(graph, view.keep)
+    groups = _supernodes(run, kept, view)
     flags = page_flags(run.read("flags")) if run.has("flags") else []
-    page = run.write_text("index.html", render(graph, title=run.path.name, figures=figures, flags=flags))
-    graphml = run.write_text("graph.graphml", to_graphml(graph))
-    found = graph.strongest_paths(paths)
+    html = render(
+        graph, title=run.path.name, figures=_page_figures(run), flags=flags, keep=view.keep, supernodes=groups
+    )
+    page = run.write_text("index.html", html)
+    likely = probability(Behaviour(run.settings["behaviour"]), set_effect(run)["clean"])
+    scan = Path(run.settings["model"]).name
+    written = write_exports(run, kept, view.exports, scan=scan, probability=likely, supernodes=groups)
     if not quiet:
         report.paths(graph, paths)
-        report.files(page, graphml)
+        report.kept(kept, groups)
+        report.files(page, *written.values())
     return {
         "run": str(path),
-        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in found],
+        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in graph.strongest_paths(paths)],
+        "kept": kept.meta["pruned"],
+        "groups": [asdict(group) for group in groups],
         "page": str(page),
-        "graphml": str(graphml),
+        "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def _supernodes(run: Run, graph: AttributionGraph, view: View) -> list[Supernode]:
+    """Groups of the graph's latents as the view asks."""
+    if view.group is not Grouping.META:
+        return by_edges(graph) if view.group is Grouping.EDGES else []
+    dictionaries = load_dictionaries(_source_of(run)[0], "cpu")
+    if view.meta is not None:
+        meta = MetaDictionary.load(view.meta)
+        pairs = [(_base_dictionary(dictionaries, meta, view.meta), meta, view.meta)]
+    else:
+        beside = [(each, folder) for each in dictionaries if (folder := meta_beside(each)) is not None]
+        pairs = [(each, MetaDictionary.load(folder), folder) for each, folder in beside]
+    if not pairs:
+        raise MediationError("There is no meta-SAE beside the run's dictionaries; name one with --meta.")
+    return [group for each, meta, folder in pairs for group in by_meta(graph, each, meta, load_labels(folder))]
 
 
 def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:

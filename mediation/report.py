@@ -16,6 +16,7 @@ from rich.table import Table
 
 from circuits.export import path_tree
 from circuits.graph import AttributionGraph
+from circuits.supernodes import Supernode
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -135,6 +136,19 @@ def paths(graph: AttributionGraph, n: int) -> None:
     """The strongest paths as a tree."""
     console.print("\n[bold]Strongest paths[/bold], from the behaviour back to the tokens")
     console.print(path_tree(graph, n))
+
+
+def kept(graph: AttributionGraph, groups: Sequence[Supernode]) -> None:
+    """What pruning left in the page and the exports, and the largest groups."""
+    pruned = graph.meta["pruned"]
+    share = pruned["influence"] / pruned["of_influence"] if pruned["of_influence"] else 1.0
+    console.print(
+        f"\nKept in page and exports, by influence: {pruned['kept']} of {pruned['of']} nodes with {share:.0%} of the "
+        f"latents' influence, {pruned['edges']} of {pruned['of_edges']} edges; all are in graph.json. Paths from error "
+        f"nodes carry {pruned['from_errors']:.0%}."
+    )
+    for group in groups[:SHOWN]:
+        console.print(f"{len(group.members)} alike: [bold]{escape(group.label)}[/bold]  {escape(group.id)}")
 
 
 def flagging(prompts: int, seconds: float) -> None:

@@ -57,9 +57,6 @@ def test_influence_by_hand() -> None:
     assert set(prune(graph, Keep(nodes=0.76)).digraph) == {"a", "b", "e", "f", TARGET}
     assert set(prune(graph, Keep(nodes=1)).digraph) == {"a", "b", "c", "e", "f", TARGET}
     assert set(prune(graph, Keep(nodes=1, top=1)).digraph) == {"a", "e", "f", TARGET}
-    # alone, f outweighs e, which goes although it feeds a
-    assert set(prune(graph, Keep(nodes=0.8, sources=False)).digraph) == {"a", "f", TARGET} | {"e"}
-    assert set(prune(graph, Keep(nodes=0.6, sources=False)).digraph) == {"a", "f", TARGET}
 
 
 @settings(max_examples=30, deadline=None)
@@ -79,24 +76,24 @@ def test_the_order_of_nodes_and_edges_does_not_matter(seed: int, keep: Keep) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=seeds, density=st.floats(0.1, 1), sources=st.booleans(), less=st.tuples(shares, shares),
+    seed=seeds, density=st.floats(0.1, 1), less=st.tuples(shares, shares),
     more=st.tuples(shares, shares), top=st.integers(1, 12), further=st.none() | st.integers(0, 9),
 )  # fmt: skip
 def test_larger_shares_keep_more(
-    seed: int, density: float, sources: bool, less: tuple[float, float], more: tuple[float, float], top: int,
+    seed: int, density: float, less: tuple[float, float], more: tuple[float, float], top: int,
     further: int | None,
 ) -> None:  # fmt: skip
     graph = random_graph(seed, density=density, layers=4)
-    low = Keep(min(less[0], more[0]), min(less[1], more[1]), top, sources)
-    high = Keep(max(less[0], more[0]), max(less[1], more[1]), None if further is None else top + further, sources)
+    low = Keep(min(less[0], more[0]), min(less[1], more[1]), top)
+    high = Keep(max(less[0], more[0]), max(less[1], more[1]), None if further is None else top + further)
     assert set(prune(graph, low).digraph) <= set(prune(graph, high).digraph)
-    of_nodes = Keep(low.nodes, high.edges, low.top, sources)  # at the same nodes, edges are nested too
+    of_nodes = Keep(low.nodes, high.edges, low.top)  # at the same nodes, edges are nested too
     assert set(prune(graph, low).digraph.edges) <= set(prune(graph, of_nodes).digraph.edges)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=seeds, density=st.floats(0.1, 1), keep=st.builds(Keep, nodes=shares, edges=shares, sources=st.booleans()),
+    seed=seeds, density=st.floats(0.1, 1), keep=st.builds(Keep, nodes=shares, edges=shares),
 )  # fmt: skip
 def test_nothing_dangles(seed: int, density: float, keep: Keep) -> None:
     graph = random_graph(seed, density=density, layers=4)
@@ -106,10 +103,9 @@ def test_nothing_dangles(seed: int, density: float, keep: Keep) -> None:
     for name, data in digraph.nodes(data=True):
         if data["kind"] == NodeKind.LATENT and graph.digraph.in_degree(name):
             assert digraph.in_degree(name), name
-    if keep.sources:
-        for name in graph.ranked(SOURCES):
-            reached = set(graph.digraph.successors(name)) & set(digraph)
-            assert (name in digraph) == bool(reached), name
+    for name in graph.ranked(SOURCES):
+        reached = set(graph.digraph.successors(name)) & set(digraph)
+        assert (name in digraph) == bool(reached), name
     assert part.meta["pruned"]["edges"] == digraph.number_of_edges()
     assert graph.digraph.number_of_edges() == part.meta["pruned"]["of_edges"]
 

@@ -151,11 +151,12 @@ def test_a_group_is_called_by_what_its_strongest_members_are_called() -> None:
     for name in names:
         graph.digraph.nodes[name]["label"] = "12 on Paris" if name == first else "3 on Paris"
     (group,) = (each for each in by_edges(graph, alike=0.95) if set(each.members) == names)
-    assert group.label == "on Paris, 3 latents"
+    assert group.label == "on Paris"
+    assert quotient(graph, [group]).digraph.nodes[group.id]["label"] == "on Paris, 3 latents"
     graph.digraph.nodes[first]["label"] = "12 a city"
     graph.digraph.nodes[first]["attribution"] = 100.0
     (group,) = (each for each in by_edges(graph, alike=0.95) if set(each.members) == names)
-    assert group.label == "a city and others, 3 latents"
+    assert group.label == "a city and others"
     assert group.members[0] == first
 
 
@@ -207,8 +208,7 @@ def test_latents_with_the_same_strongest_meta_latent(
         assert set(found) == {frozenset(members) for members in expected.values() if len(members) > 1}
         for index, members in expected.items():
             if len(members) > 1:
-                name = labels.get(index, f"meta-latent {index}")
-                assert found[frozenset(members)] == f"{name}, {len(members)} latents"
+                assert found[frozenset(members)] == labels.get(index, f"meta-latent {index}")
     assert len({each.id for each in groups}) == len(groups)
 
 
