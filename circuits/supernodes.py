@@ -37,7 +37,6 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition
 
-
 ALIKE = 0.8  # cosine of two profiles in one group
 Cell = tuple[str, int | str]  # a site and a position or role
 

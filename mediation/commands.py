@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int,
 class View:
     """What `inspect` shows and writes of a run's graph; `meta` is for grouping by meta-latents."""
 
-    keep: Keep = Keep()
+    keep: Keep = field(default_factory=Keep)
     group: Grouping | None = None
     meta: Path | None = None
     exports: tuple[Format, ...] = (Format.GRAPHML,)

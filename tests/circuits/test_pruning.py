@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import networkx as nx
@@ -31,7 +32,7 @@ def test_influence_is_what_all_paths_through_a_node_or_an_edge_carry(seed: int, 
         through = sum(carried for path, carried in paths.items() if name in path)
         assert found.nodes[name] == pytest.approx(through / flow, abs=1e-12)
     for edge in graph.digraph.edges:
-        through = sum(carried for path, carried in paths.items() if edge in zip(path, path[1:], strict=False))
+        through = sum(carried for path, carried in paths.items() if edge in itertools.pairwise(path))
         assert found.edges[edge] == pytest.approx(through / flow, abs=1e-12)
 
 

@@ -110,7 +110,7 @@ def test_members_are_alike_and_groups_that_could_merge_have(seed: int, alike: fl
 
 
 def planted() -> tuple[AttributionGraph, list[set[str]]]:
-    """A latent split in three and another split in two: copies of all edges, each scaled; and one that is its mirror."""
+    """A latent split in three, another in two: copies with all edges scaled; and one with its opposite."""
     graph = random_graph(4, layers=3, width=4, positions=1, density=1)
     first, second, third = graph.ranked([NodeKind.LATENT])[:3]
     families = []
