@@ -25,6 +25,8 @@ from importlib import metadata
 from itertools import accumulate
 from typing import Any
 
+from scipy.special import expit
+
 from circuits.graph import TARGET, AttributionGraph, NodeKind, node_label
 from circuits.pruning import Keep, prune
 from circuits.supernodes import Supernode
@@ -85,7 +87,7 @@ def to_neuronpedia(
 
 def probability(behaviour: Behaviour, value: float) -> float:
     """What a behaviour's value (nats) says: the answer's probability against the wrong answer, or its own."""
-    return 1 / (1 + math.exp(-value)) if behaviour is Behaviour.LOGIT_DIFF else math.exp(value)
+    return float(expit(value)) if behaviour is Behaviour.LOGIT_DIFF else math.exp(value)
 
 
 def plain_name(text: str) -> str:

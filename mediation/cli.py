@@ -78,6 +78,7 @@ def inspect(
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
     nodes: Annotated[float, typer.Option(help="Share of the latents' influence that page and exports keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the edges' influence that page and exports keep.")] = 0.98,
+    top: Annotated[int | None, typer.Option(help="At most so many latents in page and exports.")] = None,
     group: Annotated[
         str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
     ] = None,
@@ -101,7 +102,7 @@ def inspect(
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
     if run is not None:
-        view = commands.View.of(nodes, edges, group, meta, export or [])
+        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [])
         _finish(commands.inspect_command(run, paths, view, quiet=as_json), as_json)
         return
     if model is None and (text or spelling):

@@ -165,11 +165,11 @@ class View:
     exports: tuple[Format, ...] = (Format.GRAPHML,)
 
     @classmethod
-    def of(cls, nodes: float, edges: float, group: str | None, meta: Path | None, exports: list[str]) -> View:
+    def of(cls, keep: Keep, group: str | None, meta: Path | None, exports: list[str]) -> View:
         """The view that the command line's words ask for."""
         grouping = None if group is None else _choice(Grouping, group, "group")
         chosen = tuple(_choice(Format, each, "export") for each in exports) or cls.exports
-        return cls(Keep(nodes, edges), grouping, meta, chosen)
+        return cls(keep, grouping, meta, chosen)
 
 
 def inspect_command(path: Path, paths: int, view: View | None = None, *, quiet: bool) -> dict[str, Any]:
