@@ -193,7 +193,7 @@ def _common_label(graph: AttributionGraph, names: Sequence[str]) -> str:
 def _merged(graph: AttributionGraph, group: Supernode) -> dict[str, Any]:
     """A supernode's data: what its members share, and the sums of what they have."""
     parts = [graph.digraph.nodes[name] for name in group.members]
-    data = dict.fromkeys(parts[0]) | {"kind": NodeKind.SUPERNODE.value, "label": f"{group.label}, {len(parts)} latents"}
+    data = dict.fromkeys(parts[0]) | {"kind": NodeKind.SUPERNODE.value, "label": f"{len(parts)} × {group.label}"}
     data |= {key: parts[0][key] for key in ("site", "position")}
     for key in ("attribution", "influence"):
         values = [part[key] for part in parts if part.get(key) is not None]

@@ -152,7 +152,7 @@ def test_a_group_is_called_by_what_its_strongest_members_are_called() -> None:
         graph.digraph.nodes[name]["label"] = "12 on Paris" if name == first else "3 on Paris"
     (group,) = (each for each in by_edges(graph, alike=0.95) if set(each.members) == names)
     assert group.label == "on Paris"
-    assert quotient(graph, [group]).digraph.nodes[group.id]["label"] == "on Paris, 3 latents"
+    assert quotient(graph, [group]).digraph.nodes[group.id]["label"] == "3 × on Paris"
     graph.digraph.nodes[first]["label"] = "12 a city"
     graph.digraph.nodes[first]["attribution"] = 100.0
     (group,) = (each for each in by_edges(graph, alike=0.95) if set(each.members) == names)
