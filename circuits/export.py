@@ -20,7 +20,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from circuits.graph import EDGE_COLUMNS, NODE_COLUMNS, TARGET, AttributionGraph, GraphPath, NodeKind, node_label
-from circuits.neuronpedia import to_neuronpedia
+from circuits.neuronpedia import Origin, to_neuronpedia
 from circuits.supernodes import Supernode
 from mediation.runs import Run
 
@@ -137,15 +137,11 @@ def write_exports(
     graph: AttributionGraph,
     formats: Iterable[Format],
     *,
-    scan: str,
-    probability: float,
+    origin: Origin,
     supernodes: Sequence[Supernode] = (),
     name: str = "graph",
 ) -> dict[str, Path]:
-    """Write the graph into the run's folder, `name` first in each file's name; Parquet is a folder of two tables.
-
-    scan, probability: as in `circuits.neuronpedia.to_neuronpedia`.
-    """
+    """Write the graph into the run's folder, `name` first in each file's name; Parquet is a folder of two tables."""
     written: dict[str, Path] = {}
     for each in dict.fromkeys(formats):
         if each is Format.GRAPHML:
@@ -156,8 +152,7 @@ def write_exports(
             for table, frame in zip(("nodes", "edges"), to_tables(graph, supernodes), strict=True):
                 written[each.value] = run.write_shard(name, table, frame).parent
         else:
-            slug = f"{run.path.name}-{name}"
-            data = to_neuronpedia(graph, slug=slug, scan=scan, probability=probability, supernodes=supernodes)
+            data = to_neuronpedia(graph, f"{run.path.name}-{name}", origin, supernodes)
             written[each.value] = run.write_text(f"{name}.neuronpedia.json", json.dumps(data, allow_nan=False))
     return written
 

@@ -1,14 +1,14 @@
 """An attribution graph as the JSON that Neuronpedia and circuit-tracer's own page open.
 
 Field by field, where the format leaves room:
-* The prompt: `meta["tokens"]` for a graph of one prompt; a graph of a set has its roles in their place.
+* prompt_tokens: `meta["tokens"]` for a graph of one prompt; a graph of a set has its roles in their place.
 * node_id: `{layer}_{stream}_{latent}_{position}`, which no two nodes share, mixed sites or not.
 * feature: Cantor's pairing of layer and latent, as schema_version 1 wants it; -1 for error nodes.
 * layer: the dictionary's; the target stands above all others.
 * influence: the format's is the cumulative share, strongest first, of the node's influence (circuits.pruning): the
   page shows nodes up to a threshold. Embeddings and the target have none and are always shown.
-* The target is a "logit" node. Its reader needs a quoted text and a probability: they are the behaviour's name and
-  a probability, see `probability`.
+* The target is a "logit" node. Its reader needs a quoted text and a probability: the answer, or the behaviour's
+  name, and what `probability` makes of the behaviour.
 * weight: the direct effect E. What this package knows beyond the format (site, role, attribution and interval,
   contribution) rides along under its own names, which readers skip.
 
@@ -38,18 +38,31 @@ FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"  # the nam
 OURS = ("site", "latent", "attribution", "low", "high")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a graph is of, for readers of the file.
+
+    model: its name on Neuronpedia, such as gemma-2-2b. probability: of what the target stands for, `answer`, or by
+    default the behaviour. prompt: its text; by default the tokens in a row.
+    """
+
+    model: str
+    probability: float
+    prompt: str | None = None
+    answer: str | None = None
+
+
 def to_neuronpedia(
-    graph: AttributionGraph, *, slug: str, scan: str, probability: float, supernodes: Sequence[Supernode] = ()
+    graph: AttributionGraph, slug: str, origin: Origin, supernodes: Sequence[Supernode] = ()
 ) -> dict[str, Any]:
     """The graph as a JSON object; of a graph that was not pruned, every node that reaches the target.
 
-    slug: the graph's name; scan: the model's name there, such as gemma-2-2b; probability: of what the target
-    stands for. Members of `supernodes` are pinned. Raises MediationError for a graph without a site after
-    layer 0, which the page cannot open, and for sites that are no `blocks.L.hook_...`.
+    slug: the graph's name. Members of `supernodes` are pinned. Raises MediationError for a graph without a site
+    after layer 0, which the page cannot open, and for sites that are no `blocks.L.hook_...`.
     """
     if "of_influence" not in graph.meta.get("pruned", {}):
         graph = prune(graph, Keep(nodes=1, edges=1))
-    writer = _Writer.of(graph, probability)
+    writer = _Writer.of(graph, origin)
     nodes = graph.digraph.nodes(data=True)
     ids = {name: writer.node_id(name, data) for name, data in nodes}
     shown, shares = _cumulative(graph), graph.meta["pruned"]["shares"]
@@ -61,8 +74,8 @@ def to_neuronpedia(
     return {
         "metadata": {
             "slug": plain_name(slug),
-            "scan": plain_name(scan),
-            "prompt": ("" if graph.meta.get("tokens") else " ").join(writer.tokens),
+            "scan": plain_name(origin.model),
+            "prompt": origin.prompt or ("" if graph.meta.get("tokens") else " ").join(writer.tokens),
             "prompt_tokens": writer.tokens,
             "transcoder_list": [],
             "schema_version": 1,
@@ -108,10 +121,10 @@ class _Writer:
     column: dict[int | str, int]
     tokens: list[str]
     top: int
-    probability: float
+    origin: Origin
 
     @classmethod
-    def of(cls, graph: AttributionGraph, probability: float) -> _Writer:
+    def of(cls, graph: AttributionGraph, origin: Origin) -> _Writer:
         sites = {data["site"]: Site.parse(data["site"]) for _, data in graph.digraph.nodes(data=True) if _sited(data)}
         deepest = max((site.layer for site in sites.values()), default=0)
         if deepest < 1:
@@ -123,7 +136,7 @@ class _Writer:
         else:
             tokens = [str(place) for place in places]
             column = {place: k for k, place in enumerate(places)}
-        return cls(sites, column, tokens, deepest + 1, probability)
+        return cls(sites, column, tokens, deepest + 1, origin)
 
     def at(self, name: str, data: dict[str, Any]) -> int:
         """A node's column; the target stands at the last."""
@@ -151,9 +164,9 @@ class _Writer:
         label = node_label(data, name)
         if name == TARGET:
             # the reader takes the number after the first "(p="
-            text = label.replace("(p=", "(p =").replace('"', "'")
+            text = (self.origin.answer or label).replace("(p=", "(p =").replace('"', "'")
             return _fields(
-                self.top, None, "logit", f"{self.top}_target-0", f'Output "{text}" (p={self.probability:.6f})'
+                self.top, None, "logit", f"{self.top}_target-0", f'Output "{text}" (p={self.origin.probability:.6f})'
             )
         if data["kind"] == NodeKind.EMBEDDING:
             return _fields("E", None, "embedding", f"E_{at}-0", f'Emb: "{token}"')

@@ -16,7 +16,7 @@ import torch
 from circuits.build import build_graph
 from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
-from circuits.neuronpedia import probability
+from circuits.neuronpedia import Origin, probability
 from circuits.pruning import Keep, prune
 from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
@@ -184,8 +184,8 @@ def inspect_command(path: Path, paths: int, view: View | None = None, *, quiet: 
     )
     page = run.write_text("index.html", html)
     likely = probability(Behaviour(run.settings["behaviour"]), set_effect(run)["clean"])
-    scan = Path(run.settings["model"]).name
-    written = write_exports(run, kept, view.exports, scan=scan, probability=likely, supernodes=groups)
+    origin = Origin(Path(run.settings["model"]).name, likely)
+    written = write_exports(run, kept, view.exports, origin=origin, supernodes=groups)
     if not quiet:
         report.paths(graph, paths)
         report.kept(kept, groups)

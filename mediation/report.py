@@ -144,7 +144,7 @@ def kept(graph: AttributionGraph, groups: Sequence[Supernode]) -> None:
     share = pruned["influence"] / pruned["of_influence"] if pruned["of_influence"] else 1.0
     console.print(
         f"\nKept in page and exports, by influence: {pruned['kept']} of {pruned['of']} nodes with {share:.0%} of the "
-        f"latents' influence, {pruned['edges']} of {pruned['of_edges']} edges; all are in graph.json. Paths from error "
+        f"latents' influence, {pruned['edges']} of {pruned['of_edges']} edges; the run holds all. Paths from error "
         f"nodes carry {pruned['from_errors']:.0%}."
     )
     for group in groups[:SHOWN]:

@@ -17,6 +17,7 @@ from rich.tree import Tree
 
 from circuits.export import Format, path_tree, to_dot, to_graphml, to_tables, write_exports, xml_text
 from circuits.graph import TARGET, AttributionGraph, node_label
+from circuits.neuronpedia import Origin
 from circuits.pruning import prune
 from mediation.runs import Run
 from tests.circuits.random_graphs import random_graph
@@ -196,7 +197,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     run, graph = Run.create(tmp_path / "a run", {}), prune(random_graph(2, width=8))
     groups = [group for group in random_groups(graph, 2) if len(group.members) > 1]
     written = write_exports(
-        run, graph, [Format.DOT, *Format], scan="m", probability=0.5, supernodes=groups, name="prompt-1"
+        run, graph, [Format.DOT, *Format], origin=Origin("m", 0.5), supernodes=groups, name="prompt-1"
     )
     assert {name: path.relative_to(run.path).as_posix() for name, path in written.items()} == {
         "dot": "prompt-1.dot", "graphml": "prompt-1.graphml", "parquet": "prompt-1",

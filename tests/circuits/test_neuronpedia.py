@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits.graph import TARGET, AttributionGraph
-from circuits.neuronpedia import cantor, plain_name, probability, to_neuronpedia
+from circuits.neuronpedia import Origin, cantor, plain_name, probability, to_neuronpedia
 from circuits.pruning import Keep, influence, prune
-from circuits.supernodes import quotient
+from circuits.supernodes import Supernode, quotient
 from mediation.behaviours import Behaviour
 from mediation.errors import MediationError
 from tests.circuits.random_graphs import random_graph
@@ -66,9 +67,9 @@ def violations(value: Any, schema: dict[str, Any], at: str = "graph") -> list[st
     return found
 
 
-def exported(graph: AttributionGraph, **options: Any) -> dict[str, Any]:
+def exported(graph: AttributionGraph, supernodes: Sequence[Supernode] = (), **known: str) -> dict[str, Any]:
     """The export as a reader has it: through JSON."""
-    data = to_neuronpedia(graph, **{"slug": "my run: 1", "scan": "org/model", "probability": 0.25} | options)
+    data = to_neuronpedia(graph, "my run: 1", Origin("org/model", 0.25, **known), supernodes)
     return json.loads(json.dumps(data, allow_nan=False))
 
 
@@ -195,6 +196,14 @@ def test_a_set_has_its_roles_as_tokens() -> None:
     for node in data["nodes"]:
         if node["feature_type"] != "logit":
             assert data["metadata"]["prompt_tokens"][node["ctx_idx"]] == node["position"]
+
+
+def test_the_prompts_text_and_the_answer_when_they_are_known() -> None:
+    data = exported(random_graph(2), prompt="The capital:  Paris", answer=" Rome (p=1)")
+    assert data["metadata"]["prompt"] == "The capital:  Paris"
+    assert data["metadata"]["prompt_tokens"] == ["<s>", " Paris"]
+    (logit,) = (node for node in data["nodes"] if node["feature_type"] == "logit")
+    assert logit["clerp"] == 'Output " Rome (p =1)" (p=0.250000)'
 
 
 def test_positions_without_tokens_stand_side_by_side() -> None:
