@@ -99,8 +99,8 @@ def quotient(graph: AttributionGraph, supernodes: Sequence[Supernode]) -> Attrib
     """Step 4: the graph with every group as one node of kind `supernode`.
 
     Intervals and activations do not add up and are None. Weights into a supernode sum direct effects on several
-    pre-activations. Raises MediationError for members that are unknown,
-    in two groups, not latents of one site and position, or linked among themselves.
+    pre-activations. Raises MediationError for members that are unknown, in two groups, not latents of one site and
+    position, or linked among themselves.
     """
     digraph = graph.digraph
     home = {name: name for name in digraph}

@@ -104,9 +104,13 @@ def inspect(
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
     if run is not None:
+        if meta is not None and group != "meta":
+            raise MediationError("A meta-SAE is used to group a run's latents; give --group meta with --meta.")
         view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [])
         _finish(commands.inspect_command(run, paths, view, quiet=as_json), as_json)
         return
+    if top is not None or group or export:
+        raise MediationError("Pruning, groups and exports are of a run's graph; give a run's folder for them.")
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")
     source = commands.Source(model or "", (dictionary or "",), "", device, allow_download)

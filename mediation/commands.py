@@ -198,8 +198,8 @@ def inspect_command(path: Path, paths: int, view: View | None = None, *, quiet: 
         graph, title=run.path.name, figures=_page_figures(run), flags=flags, keep=view.keep, supernodes=groups
     )
     page = run.write_text("index.html", html)
-    likely = probability(Behaviour(run.settings["behaviour"]), set_effect(run)["clean"])
-    origin = Origin(Path(run.settings["model"]).name, likely)
+    source, settings = _source_of(run)
+    origin = Origin(Path(source.model).name, probability(settings.behaviour, set_effect(run)["clean"]))
     written = write_exports(run, kept, view.exports, origin=origin, supernodes=groups)
     if not quiet:
         report.paths(graph, paths)

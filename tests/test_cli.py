@@ -256,6 +256,9 @@ def test_inspect_refuses_what_it_cannot_show(
     assert "graphml, dot, parquet, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
     assert "at most 1" in refused(capsys, "inspect", run, "--nodes", "80")
     assert "1 or more" in refused(capsys, "inspect", run, "--top", "0")
+    assert "--group meta" in refused(capsys, "inspect", run, "--meta", MODEL)
+    assert "run's folder" in refused(capsys, "inspect", "--dictionary", SAES, "--export", "dot")
+    assert "no-meta" in refused(capsys, "inspect", run, "--group", "meta", "--meta", "no-meta")
 
 
 def test_a_killed_trace_resumes_to_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
