@@ -28,6 +28,7 @@ POSITIVE, NEGATIVE = "green", "red"
 TYPES = {"latent": pl.Int64} | dict.fromkeys(
     ("id", "kind", "site", "label", "supernode", "source", "target"), pl.String
 )
+TIER_STYLES = {"consensus": "cyan", "contingent": "yellow"}  # noise is dim, as what is said beside it
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -57,7 +58,9 @@ def to_graphml(graph: AttributionGraph, supernodes: Sequence[Supernode] = ()) ->
         plain = {key: _plain(value) for key, value in values.items() if value is not None}
         copy.add_node(_plain(name), **plain)
     for source, target, data in graph.digraph.edges(data=True):
-        copy.add_edge(_plain(source), _plain(target), **data)
+        copy.add_edge(
+            _plain(source), _plain(target), **{key: value for key, value in data.items() if value is not None}
+        )
     return "\n".join(nx.generate_graphml(copy)) + "\n"
 
 
@@ -161,7 +164,8 @@ def path_tree(graph: AttributionGraph, paths: list[GraphPath] | int = 12) -> Tre
     """The strongest paths as a terminal tree: the target is the root, its mediators hang below it.
 
     Paths (given, or the n strongest) that end alike share their branch. The number before a node is what
-    its edge contributes to the behaviour, green when it pushes up and red when it pushes down.
+    its edge contributes to the behaviour, green when it pushes up and red when it pushes down; behind it, in the
+    graph of a set, stands the edge's tier and how often it is kept (circuits.consensus).
     """
     if isinstance(paths, int):
         paths = graph.strongest_paths(paths)
@@ -171,18 +175,27 @@ def path_tree(graph: AttributionGraph, paths: list[GraphPath] | int = 12) -> Tre
         for start in range(len(path.nodes) - 2, -1, -1):
             tail = path.nodes[start:]
             if tail not in branches:
-                contribution = graph.digraph.edges[tail[0], tail[1]]["contribution"]
-                branches[tail] = branches[tail[1:]].add(_line(graph, tail[0], contribution))
+                edge = graph.digraph.edges[tail[0], tail[1]]
+                branches[tail] = branches[tail[1:]].add(_line(graph, tail[0], edge["contribution"], tier_text(edge)))
     return root
 
 
-def _line(graph: AttributionGraph, name: str, amount: float | None) -> Text:
+def tier_text(data: Mapping[str, Any]) -> str:
+    """How often a node or edge is kept, and its tier: "consensus 93%"; empty where a graph does not say."""
+    if data.get("frequency") is None:
+        return ""
+    return f"{data['tier'] or 'kept in'} {data['frequency']:.0%}"
+
+
+def _line(graph: AttributionGraph, name: str, amount: float | None, kept: str = "") -> Text:
     """Text objects, not markup: a label such as "[/red]" must stay a label."""
     label = node_label(graph.digraph.nodes[name], name)
     line = Text()
     if amount is not None:
         line.append(f"{amount:+.3f} ", style=POSITIVE if amount >= 0 else NEGATIVE)
     line.append(label, style="bold")
+    if kept:
+        line.append(f"  {kept}", style=TIER_STYLES.get(kept.split()[0], "dim"))
     if label != name:
         line.append(f"  {name}", style="dim")
     return line

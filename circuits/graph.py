@@ -34,8 +34,9 @@ from mediation.errors import MediationError
 
 TARGET = "target"
 NODE_COLUMNS = ("id", "kind", "site", "position", "latent", "attribution", "low", "high", "label")
-OPTIONAL_NODE_COLUMNS = ("activation", "influence")
+OPTIONAL_NODE_COLUMNS = ("activation", "influence", "held_out", "frequency", "tier")
 EDGE_COLUMNS = ("source", "target", "weight", "contribution")
+OPTIONAL_EDGE_COLUMNS = ("held_out", "low", "high", "frequency", "tier")
 
 
 class NodeKind(StrEnum):
@@ -85,6 +86,8 @@ class AttributionGraph:
 
     `digraph`: nodes carry kind, site, position, latent, attribution, low, high, activation, influence
     (circuits.pruning), label (None where it does not apply); edges carry weight (E) and contribution (E * dm/df_d).
+    The graph of a set of prompts adds held_out, frequency and tier to nodes, and these and the interval low, high to
+    edges (circuits.consensus); there, an embedding's attribution is what its edges carry.
     `meta`: JSON values that describe the graph (behaviour, tokens, roles, total_effect, ...).
     """
 
@@ -107,8 +110,8 @@ class AttributionGraph:
     ) -> AttributionGraph:
         """Build a graph from the tables of a run.
 
-        nodes: columns id, kind, site, position, latent, attribution, low, high, label, and optionally
-        activation and influence. edges: source, target, weight, contribution. A missing `target` row is added, with
+        nodes: NODE_COLUMNS, and any of OPTIONAL_NODE_COLUMNS. edges: EDGE_COLUMNS, and any of
+        OPTIONAL_EDGE_COLUMNS. A missing `target` row is added, with
         `meta["behaviour"]` as label and `meta["total_effect"]` as attribution. NaN becomes None.
         Raises MediationError for missing columns, repeated ids, unknown kinds or end points, cycles.
         """
@@ -129,11 +132,13 @@ class AttributionGraph:
         if TARGET not in digraph:
             label, total = meta.get("behaviour"), meta.get("total_effect")
             digraph.add_node(TARGET, **_node(kind=NodeKind.TARGET.value, label=label, attribution=total))
-        for source, target, weight, contribution in edges.select(EDGE_COLUMNS).iter_rows():
+        names = (*EDGE_COLUMNS, *(name for name in OPTIONAL_EDGE_COLUMNS if name in edges.columns))
+        for row in edges.select(names).iter_rows(named=True):
+            source, target = row.pop("source"), row.pop("target")
             for end in (source, target):
                 if end not in digraph:
                     raise MediationError(f"An edge names the node '{end}', which the table of nodes lacks.")
-            digraph.add_edge(source, target, weight=weight, contribution=contribution)
+            digraph.add_edge(source, target, **row)
         return cls(digraph, meta)
 
     # -- reading -----------------------------------------------------------------------------------

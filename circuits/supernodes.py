@@ -195,7 +195,7 @@ def _merged(graph: AttributionGraph, group: Supernode) -> dict[str, Any]:
     parts = [graph.digraph.nodes[name] for name in group.members]
     data = dict.fromkeys(parts[0]) | {"kind": NodeKind.SUPERNODE.value, "label": f"{len(parts)} × {group.label}"}
     data |= {key: parts[0][key] for key in ("site", "position")}
-    for key in ("attribution", "influence"):
+    for key in ("attribution", "influence", "held_out"):
         values = [part[key] for part in parts if part.get(key) is not None]
         data[key] = math.fsum(values) if values else None
     return data

@@ -200,7 +200,9 @@ def _place(graph: AttributionGraph, name: str) -> str:
 
 def _nodes(graph: AttributionGraph, numbers: Mapping[str, int], whole: AttributionGraph) -> str:
     data = {name: graph.digraph.nodes[name] for name in graph.ranked()}
-    ends = [node[key] for node in data.values() for key in ("attribution", "low", "high")]
+    judged = bool(graph.meta.get("held_out_prompts"))
+    value = "held_out" if judged else "attribution"
+    ends = [node[key] for node in data.values() for key in (value, "low", "high")]
     scale = max((abs(value) for value in ends if value is not None), default=0.0)
     rows = []
     ordered = graph.ranked(MEDIATORS) + graph.ranked([NodeKind.ERROR, NodeKind.EMBEDDING])
@@ -214,11 +216,21 @@ def _nodes(graph: AttributionGraph, numbers: Mapping[str, int], whole: Attributi
             f'<td class="soft">{escape("" if node["position"] is None else node["position"])}</td>',
             f'<td class="number">{"" if node["latent"] is None else escape(node["latent"])}</td>',
             f'<td class="number">{signed(node["attribution"])}</td>',
-            f"<td>{'' if node['attribution'] is None else _bar(node['attribution'], low, high, scale)}</td>",
+            f"<td>{'' if node[value] is None else _bar(node[value], low, high, scale)}</td>",
             f'<td class="number">{interval}</td>',
         ])  # fmt: skip
+        if judged:
+            kept = "" if node["frequency"] is None else percent(node["frequency"])  # a supernode has none
+            rows[-1].append(f'<td class="number">{kept}</td>')
+            rows[-1].append(f'<td class="soft">{escape(node["tier"] or "")}</td>')
     titles = ["Node", "Site", "Position", "Latent", "Attribution", "with its interval", "Interval"]
     text = "Latents by strength, then errors and embeddings. Positive attribution pushes the behaviour up."
+    if judged:
+        titles[-2:] = ["Held-out mean", "its interval", "Kept in", "Tier"]
+        text += (
+            " Attribution is the mean over all prompts. Bar, interval, how often a prompt's own graph keeps the node, "
+            f"and its tier come from {graph.meta['held_out_prompts']} held-out prompts, on which no node was chosen."
+        )
     return f"<h2>Nodes</h2><p>{text}</p>{_table(titles, rows, [f'n{numbers[name]}' for name in ordered])}"
 
 

@@ -213,3 +213,18 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert {node["clerp"] for node in data["nodes"] if node["feature_type"].startswith("cross")} == {
         node_label(values, name) for name, values in graph.digraph.nodes(data=True) if values["kind"] == "latent"
     }
+
+
+def test_what_recurs_stands_in_the_tree_and_in_graphml() -> None:
+    graph = random_graph(3, layers=1, width=1, positions=1, density=1)
+    (latent,) = (name for name, data in graph.digraph.nodes(data=True) if data["kind"] == "latent")
+    graph.digraph.edges[latent, "target"].update(tier="consensus", frequency=0.75, low=0.1, high=None)
+    graph.digraph.edges["embed/0", latent].update(tier=None, frequency=0.5)
+    text = shown(path_tree(graph))
+    assert "consensus 75%" in text
+    assert "kept in 50%" in text
+    again = nx.parse_graphml(to_graphml(graph))
+    edge = again.edges[latent, "target"]
+    assert (edge["tier"], edge["frequency"], edge["low"]) == ("consensus", 0.75, 0.1)
+    assert "high" not in edge
+    assert "tier" not in again.edges["embed/0", latent]

@@ -301,6 +301,31 @@ def test_interval_bars_have_the_right_lengths() -> None:
     assert float(whisker.get("x2", "nan")) == pytest.approx(half * 1.25, abs=0.1)
 
 
+def test_the_page_of_a_set_says_what_recurs() -> None:
+    """The bar is the held-out mean, to which the interval belongs; the attribution beside it is that of the set."""
+    graph = random_graph(7)
+    graph.meta["held_out_prompts"] = 12
+    for name, data in graph.digraph.nodes(data=True):
+        if name != TARGET:
+            data |= {"attribution": 0.1, "held_out": 0.0, "low": 0.0, "high": 0.0, "frequency": 0.0, "tier": "noise"}
+    name = graph.ranked([NodeKind.LATENT])[0]
+    graph.digraph.nodes[name].update(
+        attribution=5.0, held_out=1.0, low=0.5, high=2.0, frequency=0.75, tier="consensus"
+    )  # fmt: skip
+    html = render(graph, title="t")
+    row = html.split("<h2>Nodes</h2>")[1].split("<tbody>")[1].split("</tr>")[0]
+    assert "12 held-out prompts" in html
+    for shown in ("+5.00", "+0.500 to +2.00", "75%", "consensus"):
+        assert shown in row
+    bar = svgs(row)[0]
+    rect = bar.find(f"{SVG}rect")
+    assert rect is not None
+    assert float(rect.get("width", "0")) == pytest.approx(float(bar.get("width", "0")) / 4, abs=0.1)
+    assert "held out +1.00 [+0.500, +2.00], consensus 75%" in html
+    alone = render(random_graph(7), title="t")
+    assert "Held-out" not in alone
+
+
 def test_a_graph_of_nothing_still_makes_a_page() -> None:
     digraph = nx.DiGraph()
     nodes, edges = random_tables(8)
