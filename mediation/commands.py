@@ -7,7 +7,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,12 @@ import torch
 from circuits.build import build_graph
 from circuits.consensus import Tier
 from circuits.contrast import contrast
-from circuits.export import to_graphml
+from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
+from circuits.neuronpedia import Origin, probability
 from circuits.prompt_graph import node_ids, prompt_graph
+from circuits.pruning import Keep, prune
+from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -181,38 +184,92 @@ def _trace_result(
     }
 
 
-def inspect_command(path: Path, paths: int, prompt: str | None = None, *, quiet: bool) -> dict[str, Any]:
-    """`mediation inspect`: the graph of the set, or of one prompt: a tree of strongest paths, a page and GraphML."""
-    run = Run.open(path)
+@dataclass(frozen=True)
+class View:
+    """What `inspect` shows and writes of a run's graph; `meta` is for grouping by meta-latents."""
+
+    keep: Keep = field(default_factory=Keep)
+    group: Grouping | None = None
+    meta: Path | None = None
+    exports: tuple[Format, ...] = (Format.GRAPHML,)
+
+    @classmethod
+    def of(cls, keep: Keep, group: str | None, meta: Path | None, exports: list[str]) -> View:
+        """The view that the command line's words ask for."""
+        grouping = None if group is None else _choice(Grouping, group, "group")
+        chosen = tuple(_choice(Format, each, "export") for each in exports) or cls.exports
+        return cls(keep, grouping, meta, chosen)
+
+
+def inspect_command(
+    path: Path, paths: int, prompt: str | None = None, view: View | None = None, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation inspect`: the graph of the set, or of one prompt: strongest paths, a page, exports."""
+    run, view = Run.open(path), view or View()
     whole = AttributionGraph.load(run.path / "graph.json")
     graph = whole if prompt is None else prompt_graph(run, prompt)
+    kept = prune(graph, view.keep)
+    groups = _supernodes(run, kept, view)
     flags = page_flags(run.read("flags")) if run.has("flags") else []
     if prompt is None:
-        names, title, figures = ("index.html", "graph.graphml"), run.path.name, _page_figures(run, whole)
+        name, html, title, figures = "graph", "index.html", run.path.name, _page_figures(run, whole)
     else:
-        stem, title = f"prompt-{_file_stem(prompt)}", f"{run.path.name}: {prompt}"
-        names, figures = (f"{stem}.html", f"{stem}.graphml"), _prompt_figures(run, graph)
-        flags = [flag for flag in flags if flag["prompt"] == prompt]
-    page = run.write_text(names[0], render(graph, title=title, figures=figures, flags=flags))
-    graphml = run.write_text(names[1], to_graphml(graph))
+        name, title, figures = f"prompt-{_file_stem(prompt)}", f"{run.path.name}: {prompt}", _prompt_figures(run, graph)
+        html, flags = f"{name}.html", [flag for flag in flags if flag["prompt"] == prompt]
+    page = run.write_text(
+        html, render(graph, title=title, figures=figures, flags=flags, keep=view.keep, supernodes=groups)
+    )
+    origin = _origin(run, prompt)
+    written = write_exports(run, kept, view.exports, origin=origin, supernodes=groups, name=name)
     tiers = tier_counts(graph) if prompt is None else {}
     warnings = error_warnings(graph.error_share())
     if not quiet:
         report.paths(graph, paths)
+        report.kept(kept, groups)
         if prompt is None:
             report.recurrence(graph, tiers)
         report.calibration(whole.meta["calibration"], warnings)
-        report.files(page, graphml)
+        report.files(page, *written.values())
     return {
         "run": str(path),
         "prompt": prompt,
         "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in graph.strongest_paths(paths)],
+        "kept": kept.meta["pruned"],
+        "groups": [asdict(group) for group in groups],
         "tiers": tiers,
         **whole.meta["calibration"],
         "warnings": warnings,
         "page": str(page),
-        "graphml": str(graphml),
+        "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def _origin(run: Run, prompt: str | None) -> Origin:
+    """What the graph of the run, or of one of its prompts, is of."""
+    source, settings = _source_of(run)
+    model = Path(source.model).name
+    if prompt is None:
+        return Origin(model, probability(settings.behaviour, set_effect(run)["clean"]))
+    value = prompt_table(run).filter(pl.col("prompt") == prompt)["clean"][0]
+    (asked,) = (each for each in PromptSet.from_jsonl(run.path / PROMPTS_FILE) if each.id == prompt)
+    text = asked.clean if isinstance(asked.clean, str) else None  # of messages, the tokens
+    return Origin(model, probability(settings.behaviour, value), text, asked.answer)
+
+
+def _supernodes(run: Run, graph: AttributionGraph, view: View) -> list[Supernode]:
+    """Groups of the graph's latents as the view asks."""
+    if view.group is not Grouping.META:
+        return by_edges(graph) if view.group is Grouping.EDGES else []
+    dictionaries = load_dictionaries(_source_of(run)[0], "cpu")
+    if view.meta is not None:
+        meta = MetaDictionary.load(view.meta)
+        pairs = [(_base_dictionary(dictionaries, meta, view.meta), meta, view.meta)]
+    else:
+        beside = [(each, folder) for each in dictionaries if (folder := meta_beside(each)) is not None]
+        pairs = [(each, MetaDictionary.load(folder), folder) for each, folder in beside]
+    if not pairs:
+        raise MediationError("There is no meta-SAE beside the run's dictionaries; name one with --meta.")
+    return [group for each, meta, folder in pairs for group in by_meta(graph, each, meta, load_labels(folder))]
 
 
 def tier_counts(graph: AttributionGraph) -> dict[str, dict[str, int]]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from circuits.contrast import ALPHA, Contrast
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
+from circuits.supernodes import Supernode
 from circuits.viewer.text import probability
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
@@ -155,6 +156,19 @@ def paths(graph: AttributionGraph, n: int) -> None:
     """The strongest paths as a tree."""
     console.print("\n[bold]Strongest paths[/bold], from the behaviour back to the tokens")
     console.print(path_tree(graph, n))
+
+
+def kept(graph: AttributionGraph, groups: Sequence[Supernode]) -> None:
+    """What pruning left in the page and the exports, and the largest groups."""
+    pruned = graph.meta["pruned"]
+    share = pruned["influence"] / pruned["of_influence"] if pruned["of_influence"] else 1.0
+    console.print(
+        f"\nKept in page and exports, by influence: {pruned['kept']} of {pruned['of']} nodes with {share:.0%} of the "
+        f"latents' influence, {pruned['edges']} of {pruned['of_edges']} edges; the run holds all. Paths from error "
+        f"nodes carry {pruned['from_errors']:.0%}."
+    )
+    for group in groups[:SHOWN]:
+        console.print(f"{len(group.members)} alike: [bold]{escape(group.label)}[/bold]  {escape(group.id)}")
 
 
 def recurrence(graph: AttributionGraph, tiers: dict[str, dict[str, int]]) -> None:

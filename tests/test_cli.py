@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 import mediation
+from circuits.graph import AttributionGraph
 from mediation.cli import main
 
 DEFAULT = Path(mediation.__file__).parent / "organisms" / "default"
@@ -218,6 +219,49 @@ def test_inspect_shows_paths_and_flag_can_be_run_again(
     assert again["hidden_facts"] == found["hidden_facts"]
 
 
+def test_inspect_prunes_groups_and_exports(
+    demo: tuple[dict, Path, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(demo[1], run)
+    whole = AttributionGraph.load(run / "graph.json")
+    formats = [word for name in ("neuronpedia", "dot", "parquet") for word in ("--export", name)]
+    main(["inspect", str(run), "--nodes", "1", "--edges", "1", "--group", "meta", *formats, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"]["kept"] == found["kept"]["of"] == len(whole.digraph)
+    assert set(found["files"]) == {"neuronpedia", "dot", "parquet"}
+    data = json.loads(Path(found["files"]["neuronpedia"]).read_text())
+    assert len(data["nodes"]) == len(whole.digraph)
+    assert len(data["links"]) == whole.digraph.number_of_edges()
+    assert data["metadata"]["scan"] == "model"
+    assert len(found["groups"]) == len(data["qParams"]["supernodes"]) > 0
+    assert all("=" in group["label"] and len(group["members"]) > 1 for group in found["groups"])
+    assert found["groups"][0]["label"] in (run / "index.html").read_text()
+    (logit,) = (node for node in data["nodes"] if node["feature_type"] == "logit")
+    assert float(logit["clerp"].split("(p=")[1].split(")")[0]) > 0.9  # the organism knows its answers
+    main(["inspect", str(run), "--top", "3", "--group", "edges"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"of {len(whole.digraph)} nodes" in text
+    assert "graph.graphml" in text
+    assert sum(line.startswith("<node ") for line in (run / "graph.graphml").read_text().split("    ")) < len(
+        whole.digraph
+    )
+    assert AttributionGraph.load(run / "graph.json").to_json() == whole.to_json()
+
+
+def test_inspect_refuses_what_it_cannot_show(
+    demo: tuple[dict, Path, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(demo[1])
+    assert "meta, edges" in refused(capsys, "inspect", run, "--group", "names")
+    assert "graphml, dot, parquet, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
+    assert "at most 1" in refused(capsys, "inspect", run, "--nodes", "80")
+    assert "1 or more" in refused(capsys, "inspect", run, "--top", "0")
+    assert "--group meta" in refused(capsys, "inspect", run, "--meta", MODEL)
+    assert "run's folder" in refused(capsys, "inspect", "--dictionary", SAES, "--export", "dot")
+    assert "no-meta" in refused(capsys, "inspect", run, "--group", "meta", "--meta", "no-meta")
+
+
 def test_inspect_shows_one_prompts_own_graph(
     demo: tuple[dict, Path, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +271,7 @@ def test_inspect_shows_one_prompts_own_graph(
     assert shown["prompt"] == ROWS[0]["id"]
     ends = {path["nodes"][0] for path in shown["paths"]}
     assert all(end.split("/")[1].isdigit() for end in ends)
-    page, graphml = Path(shown["page"]), Path(shown["graphml"])
+    page, graphml = Path(shown["page"]), Path(shown["files"]["graphml"])
     assert page.name.startswith("prompt-opinion-")
     assert ROWS[0]["clean"].split()[0] in page.read_text()
     assert "<graphml" in graphml.read_text()

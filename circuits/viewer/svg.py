@@ -113,6 +113,8 @@ def _hint(name: str, data: dict[str, Any], label: str) -> str:
         lines.append(f"attribution {signed(data['attribution'])}{interval}")
     if data["activation"] is not None:
         lines.append(f"activation {data['activation']:.3g}")
+    if data["influence"] is not None:
+        lines.append(f"influence {percent(data['influence'])}")
     return "\n".join(lines)
 
 
