@@ -7,9 +7,7 @@ Algorithm
 3. Every claim beyond it is measured on the evaluation prompts, of which nodes were not chosen (they come from the
    discovery prompts): `held_out` is the mean there, `low` and `high` its bootstrap interval over prompts.
 4. `frequency` is the share of evaluation prompts in which pruning the prompt's own graph by influence keeps the
-   node or edge. Influence is the share of the flow into the behaviour that passes it: 1 at the behaviour; an edge
-   passes its target's influence times its |contribution| over that of all edges into the target; a node has what
-   its out-edges pass. Kept are the fewest nodes that hold NODE_SHARE of all influence, edges EDGE_SHARE.
+   node or edge (`circuits.pruning`). Kept are the fewest nodes that hold NODE_SHARE of all influence, edges EDGE_SHARE.
 5. Two criteria: the interval excludes zero; it is kept in at least OFTEN of the prompts. Tier: consensus meets
    both, noise neither, contingent one. Contingent is thus what acts alike in few prompts, or in many with a sign
    that depends on the prompt. Fewer than FEWEST evaluation prompts bear neither interval nor tier.
@@ -28,13 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import networkx as nx
 import numpy as np
 import polars as pl
-from scipy import sparse
 
 from circuits.graph import TARGET, NodeKind
 from circuits.prompt_graph import EMBEDDINGS, ENDS, known_source, known_target, node_ids, role_edges
+from circuits.pruning import flow, one_hot
 from mediation.prompts import Half
 from mediation.runs import Run
 from mediation.statistics import Floats, bootstrap_interval
@@ -87,8 +84,8 @@ def consensus_tables(run: Run, nodes: pl.DataFrame, *, estimator: str, seed: int
     source, target = (np.array([index[name] for name in mean[end]], dtype=np.int64) for end in ENDS)
     values = node_values(run, table["id"].to_list(), held_out, estimator)
     rooted = (table["kind"] == NodeKind.EMBEDDING).to_numpy()
-    values[:, rooted] = (edges @ _one_hot(source, len(index)))[:, :-1][:, rooted]
-    of_nodes, of_edges = influence(edges, source, target, len(index))
+    values[:, rooted] = (edges @ one_hot(source, len(index)))[:, :-1][:, rooted]
+    of_nodes, of_edges = flow(edges, source, target, len(index))
     split = len(held_out) < len(everyone)
     found = [
         doubt(each, kept(amount, share), judged=split, seed=seed)
@@ -130,33 +127,6 @@ def _matrix(rows: pl.DataFrame, items: pl.DataFrame, prompts: Sequence[str]) -> 
     values = np.zeros((len(prompts), len(items)))
     np.add.at(values, (found["row"].to_numpy(), found["column"].to_numpy()), found["value"].to_numpy())
     return values
-
-
-def influence(contributions: Floats, source: np.ndarray, target: np.ndarray, n_nodes: int) -> tuple[Floats, Floats]:
-    """Step 4 for P prompts at once: influence of nodes [P, n_nodes] and edges [P, m]; node n_nodes - 1 is the target.
-
-    contributions [P, m]; source, target: long [m], node numbers, without cycles. One pass over the generations of
-    the graph, from the target back.
-    """
-    size = np.abs(contributions)
-    into = (size @ _one_hot(target, n_nodes))[:, target]
-    share = np.divide(size, into, out=np.zeros_like(size), where=into > 0)
-    nodes, edges = np.zeros((len(size), n_nodes)), np.zeros_like(size)
-    nodes[:, -1] = 1.0
-    backwards: nx.DiGraph = nx.DiGraph()
-    backwards.add_nodes_from(range(n_nodes))
-    backwards.add_edges_from(zip(target.tolist(), source.tolist(), strict=True))
-    for generation in nx.topological_generations(backwards):
-        here = np.flatnonzero(np.isin(target, generation))
-        edges[:, here] = nodes[:, target[here]] * share[:, here]
-        nodes += edges[:, here] @ _one_hot(source[here], n_nodes)
-    return nodes, edges
-
-
-def _one_hot(column: np.ndarray, width: int) -> sparse.csr_array:
-    """[m, width] with a one in each row's column."""
-    ones = np.ones(len(column))
-    return sparse.csr_array((ones, column, np.arange(len(column) + 1)), shape=(len(column), width))
 
 
 def kept(amounts: Floats, share: float) -> np.ndarray:

@@ -3,8 +3,8 @@
 Algorithm
 1. An edge's share is |contribution| over the sum of |contribution| of all edges into the same node.
 2. A node's influence is the sum over all its paths to the target of the product of their shares: I(target) = 1,
-   I(u) = sum_d share(u, d) I(d). With S the sparse matrix of shares, (1 - S) I = e_target; in topological order that
-   is triangular, and one sparse substitution solves it. An edge's influence is share(u, d) I(d). So the out-edges
+   I(u) = sum_d share(u, d) I(d), in one pass over the graph's generations from the target back: linear in the number
+   of edges. An edge's influence is share(u, d) I(d). So the out-edges
    of a node sum to its own influence, and all nodes without in-edges sum to 1: it is the fraction of the absolute
    flow into the target that passes through.
 3. Of the latents, keep the fewest whose influences sum to `nodes` of the sum over all latents. Error nodes and
@@ -29,10 +29,10 @@ from typing import TypeVar
 import networkx as nx
 import numpy as np
 from scipy import sparse
-from scipy.sparse.linalg import spsolve_triangular
 
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.errors import MediationError
+from mediation.statistics import Floats
 
 Key = TypeVar("Key", str, tuple[str, str])
 SOURCES = (NodeKind.ERROR, NodeKind.EMBEDDING)
@@ -65,24 +65,42 @@ class Influence:
 
 
 def influence(graph: AttributionGraph) -> Influence:
-    """Steps 1 and 2: operations and memory are linear in the number of edges."""
+    """Steps 1 and 2 for one graph; the same to the last bit whatever the order of its nodes and edges."""
     digraph = graph.digraph
-    order = list(nx.lexicographical_topological_sort(digraph))
+    order = [name for name in sorted(digraph) if name != TARGET] + [TARGET]
     index = {name: k for k, name in enumerate(order)}
-    ends = sorted((index[s], index[t], abs(value)) for s, t, value in digraph.edges(data="contribution"))
+    ends = sorted((index[s], index[t], value) for s, t, value in digraph.edges(data="contribution"))
     columns = np.array(ends, dtype=np.float64).reshape(-1, 3)
     source, target = columns[:, :2].T.astype(np.int64)
-    flow = columns[:, 2]
-    inflow = np.bincount(target, weights=flow, minlength=len(order))
-    share = np.divide(flow, inflow[target], out=np.zeros_like(flow), where=inflow[target] > 0)
-    shape = (len(order), len(order))
-    system = sparse.eye_array(len(order), format="csr") - sparse.csr_array((share, (source, target)), shape=shape)
-    goal = np.zeros(len(order))
-    goal[index[TARGET]] = 1.0
-    nodes = spsolve_triangular(system, goal, lower=False, unit_diagonal=True)
-    edges = (share * nodes[target]).tolist()
+    (nodes,), (edges,) = flow(columns[None, :, 2], source, target, len(order))
     named = [(order[s], order[t]) for s, t, _ in ends]
-    return Influence(dict(zip(order, nodes.tolist(), strict=True)), dict(zip(named, edges, strict=True)))
+    return Influence(dict(zip(order, nodes.tolist(), strict=True)), dict(zip(named, edges.tolist(), strict=True)))
+
+
+def flow(contributions: Floats, source: np.ndarray, target: np.ndarray, n_nodes: int) -> tuple[Floats, Floats]:
+    """Steps 1 and 2 for P graphs of the same edges at once: influence of nodes [P, n_nodes] and edges [P, m].
+
+    contributions [P, m]; source, target: long [m], node numbers, without cycles; node n_nodes - 1 is the target.
+    """
+    size = np.abs(contributions)
+    into = (size @ one_hot(target, n_nodes))[:, target]
+    share = np.divide(size, into, out=np.zeros_like(size), where=into > 0)
+    nodes, edges = np.zeros((len(size), n_nodes)), np.zeros_like(size)
+    nodes[:, -1] = 1.0
+    backwards: nx.DiGraph = nx.DiGraph()
+    backwards.add_nodes_from(range(n_nodes))
+    backwards.add_edges_from(zip(target.tolist(), source.tolist(), strict=True))
+    for generation in nx.topological_generations(backwards):
+        here = np.flatnonzero(np.isin(target, generation))
+        edges[:, here] = nodes[:, target[here]] * share[:, here]
+        nodes += edges[:, here] @ one_hot(source[here], n_nodes)
+    return nodes, edges
+
+
+def one_hot(column: np.ndarray, width: int) -> sparse.csr_array:
+    """[m, width] with a one in each row's column."""
+    ones = np.ones(len(column))
+    return sparse.csr_array((ones, column, np.arange(len(column) + 1)), shape=(len(column), width))
 
 
 def prune(graph: AttributionGraph, keep: Keep | None = None) -> AttributionGraph:

@@ -18,6 +18,7 @@ from circuits.contrast import ALPHA, Contrast
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from circuits.supernodes import Supernode
+from circuits.viewer.text import probability
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -228,7 +229,9 @@ def contrast(found: Contrast, first: str, second: str) -> None:
 
 
 def _differences(row: dict[str, Any]) -> list[str]:
-    return [f"{row[name]:+.2f}" for name in ("first", "second", "difference")] + [f"{row[k]:.3f}" for k in ("p", "q")]
+    return [f"{row[name]:+.2f}" for name in ("first", "second", "difference")] + [
+        probability(row[k]) for k in ("p", "q")
+    ]
 
 
 def flagging(prompts: int, seconds: float) -> None:

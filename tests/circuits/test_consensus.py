@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from circuits.consensus import FEWEST, Tier, consensus_tables, doubt, influence, kept
+from circuits.consensus import FEWEST, Tier, consensus_tables, doubt, kept
 from circuits.graph import TARGET, AttributionGraph
+from circuits.pruning import flow
 from mediation.statistics import bootstrap_interval
 from tests.circuits.planted_runs import graph_nodes, node_id, planted_run
 
@@ -45,7 +46,7 @@ def test_influence_is_the_sum_over_all_paths(seed: int) -> None:
     source, target = random_dag(seed, n)
     contributions = RNG(seed).normal(size=(3, len(source)))
     contributions[1, ::3] = 0.0  # edges that a prompt does not have
-    nodes, edges = influence(contributions, source, target, n)
+    nodes, edges = flow(contributions, source, target, n)
     for prompt, values in enumerate(np.abs(contributions)):
         into = np.array([values[target == target[e]].sum() for e in range(len(source))])
         share = np.divide(values, into, out=np.zeros_like(values), where=into > 0)
