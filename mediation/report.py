@@ -125,13 +125,11 @@ def calibration(figures: dict[str, Any], warnings: Sequence[str]) -> None:
 def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
-        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
-        caption="attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
+        "Top latents", "site", "role", "latent", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
+        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
         "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
     )  # fmt: skip
-    labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
-    if labelled:
-        table.add_column("label", max_width=40)
+    table.add_column("label", max_width=40, min_width=12)
     for row in result["top_latents"][:SHOWN]:
         one = measured.get((row["site"], row["latent"]), {})
         token = model.tokenizer.decode([row["token"]]) if model.tokenizer is not None else str(row["token"])
@@ -139,10 +137,10 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
         interval = rf"\[{row['low']:+.2f}, {row['high']:+.2f}]"
         table.add_row(
             _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
-            "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
+            f"{row['attribution']:+.2f} {interval}",
             _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
             tier_text(row) or "-",
-            *([escape(row["label"] or "")] if labelled else []),
+            "" if error else escape(row["label"] or f"on '{token.strip()}'"),
         )  # fmt: skip
     console.print(table)
 
