@@ -44,7 +44,8 @@ folder, out, extra = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model = SubjectModel.load(folder / "model", device="cpu")
 dictionaries = [Dictionary.load(each) for each in sorted((folder / "saes").iterdir())]
 made = list(batches(examples(), settings().batch_size))
-prepared = Prepared(PromptSet.from_jsonl(folder / "prompts.jsonl"), made, None)
+prompts = PromptSet.from_jsonl(folder / "prompts.jsonl")
+prepared = Prepared(prompts, made, None, prompts.halves(0))
 budget = held(model.device) + extra * 10**6
 prepared, chosen, cost = fit(model, dictionaries, prepared, settings(), budget)
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of the resident set starts anew
@@ -124,7 +125,8 @@ def test_the_peak_is_as_predicted_at_three_budgets_and_the_results_are_the_same(
 def test_where_nothing_fits_one_sentence_says_what_is_missing(setting: Path) -> None:
     model = SubjectModel.load(setting / "model", device="cpu")
     dictionary = Dictionary.load(next((setting / "saes").iterdir()))
-    prepared = Prepared(PromptSet.from_jsonl(setting / "prompts.jsonl"), [collate(examples())], None)
+    prompts = PromptSet.from_jsonl(setting / "prompts.jsonl")
+    prepared = Prepared(prompts, [collate(examples())], None, prompts.halves(0))
     with pytest.raises(MediationError, match=r"The longest prompt has 192 tokens and needs 0\.\d+ GB alone"):
         fit(model, [dictionary], prepared, settings(), 10**6)
     rebatched, chosen, cost = fit(model, [dictionary], prepared, settings(), None)
