@@ -1,0 +1,309 @@
+"""`mediation prove`: does the model do it with the circuit alone? Circuits against baselines at every size.
+
+1. Rank nodes and edges on discovery prompts (circuits.rankings), for the dictionaries and for the basis at the same sites.
+2. On evaluation prompts, which share no text with them, run every ranking's circuit of every size and the model without it
+   (circuits.ablation), both for nodes and for edges. The complement of an edge circuit is the candidates' other edges.
+   The basis is compared at equal numbers of nodes or edges; where it has fewer, all of them are kept.
+3. Faithfulness and completeness at every size, CPR and CMD over linear and logarithmic size (circuits.faithfulness).
+4. For each baseline, the difference in logarithmic CPR and CMD and the sizes at which it is closer to the model than
+   the circuit is, each where the paired bootstrap interval over evaluation prompts excludes zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from circuits.ablation import Cut, Errors, Nodes, error_nodes, run_edges, run_nodes
+from circuits.faithfulness import Curve, interval, prompt_weights, sizes
+from circuits.rankings import (
+    EdgeScores,
+    NodeScores,
+    basis,
+    by_chance,
+    by_size,
+    edges_by_contribution,
+    edges_by_ends,
+    edges_by_paths,
+    place_index,
+    score_edges,
+    score_nodes,
+)
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.estimators.common import behaviour
+from mediation.prompts import Baseline, DiscoverySet, EvaluationSet
+from mediation.statistics import Floats
+from mediation.subject import SubjectModel
+from mediation.trace import Prepared, TraceSettings, prepare
+
+DRAWS = 3  # random orders that are averaged
+CIRCUIT = "circuit"
+Progress = Callable[[int, int], None]
+
+
+class Kind(StrEnum):
+    """What a circuit is a set of."""
+
+    NODES = "nodes"
+    EDGES = "edges"
+
+
+@dataclass(frozen=True)
+class ProofSettings:
+    """Settings of a proof beside those of its trace, whose `top` is the number of candidates of a site for edges."""
+
+    errors: Errors = Errors.KEPT
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Half:
+    """Prompts prepared, with the place of every token, by batch."""
+
+    prepared: Prepared
+    places: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Orders of node or edge indices, whose measurements are averaged (several for chance), over one set of sites."""
+
+    name: str
+    kind: Kind
+    orders: list[Tensor]
+    cuts: list[Cut]
+    nodes: Nodes
+    there: Tensor | None = None  # bool [n + 1, n], of edges
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured: a curve of every ranking, by kind."""
+
+    curves: dict[Kind, list[Curve]]
+    edge_nodes: int  # nodes that edges run between
+
+    def table(self, *, seed: int) -> pl.DataFrame:
+        """One row per kind, ranking and size: faithfulness and completeness with intervals, and mean behaviours."""
+        rows = []
+        for kind, curves in self.curves.items():
+            weights = prompt_weights(len(curves[0].clean), seed=seed)
+            for curve in curves:
+                ends = [interval(each) for each in (curve.faithfulness(weights), curve.completeness(weights))]
+                (low, high), (rest_low, rest_high) = ends
+                for index, size in enumerate(curve.sizes):
+                    rows.append(
+                        {
+                            "kind": kind.value, "ranking": curve.name, "size": size, "of": curve.of,
+                            "faithfulness": curve.faithfulness()[index], "low": low[index], "high": high[index],
+                            "completeness": curve.completeness()[index],
+                            "completeness_low": rest_low[index], "completeness_high": rest_high[index],
+                            "circuit": curve.circuit[index].mean(), "complement": curve.complement[index].mean(),
+                            "clean": curve.clean.mean(), "empty": curve.empty.mean(),
+                        }
+                    )  # fmt: skip
+        return pl.DataFrame(rows)
+
+    def summary(self, *, seed: int) -> dict[str, Any]:
+        """By kind: prompts, candidates, CPR and CMD of every ranking, and how each baseline compares."""
+        found: dict[str, Any] = {}
+        for kind, curves in self.curves.items():
+            weights = prompt_weights(len(curves[0].clean), seed=seed)
+            own = curves[0]
+            scores = {curve.name: _areas(curve, weights) for curve in curves}
+            against = {curve.name: _compare(own, curve, weights) for curve in curves[1:]}
+            found[kind.value] = {
+                "prompts": len(own.clean), "of": own.of, "clean": own.clean.mean(), "empty": own.empty.mean(),
+                "scores": scores, "against": against,
+            }  # fmt: skip
+        if Kind.EDGES in self.curves:
+            found[Kind.EDGES.value]["between"] = self.edge_nodes
+        return found
+
+
+def prove(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    discovery: DiscoverySet,
+    evaluation: EvaluationSet,
+    traced: TraceSettings,
+    settings: ProofSettings,
+    *,
+    progress: Progress = lambda done, of: None,
+) -> Proof:
+    """Steps 1 to 3. `traced` says baseline, behaviour, estimator, batch and chunk sizes, and candidates of a site.
+
+    Raises MediationError where no latent changes, or the evaluation prompts have no total effect to explain.
+    """
+    names: dict[str, int] = {}
+    halves = []
+    for prompts in (discovery, evaluation):
+        prepared = prepare(prompts, model, dictionaries, traced)
+        halves.append(Half(prepared, place_index(prepared.batches, names)))
+    rankings = _rankings(model, dictionaries, halves, traced, settings, len(names))
+    of = {kind: max(len(each.orders[0]) for each in rankings if each.kind is kind and each.name == CIRCUIT)
+          for kind in Kind}  # fmt: skip
+    steps = {kind: sizes(number) for kind, number in of.items()}
+    total = sum(2 * len(each.orders) * len(steps[each.kind]) for each in rankings)
+    done = iter(range(1, total + 1))
+    curves: dict[Kind, list[Curve]] = {kind: [] for kind in Kind}
+    for ranking in rankings:
+        curve = _curve(
+            ranking, steps[ranking.kind], of[ranking.kind], len(names), halves[1], traced, settings,
+            lambda: progress(next(done), total),
+        )  # fmt: skip
+        curves[ranking.kind].append(curve)
+    edge_nodes = next(len(each.nodes) for each in rankings if each.kind is Kind.EDGES)
+    return Proof(curves, edge_nodes)
+
+
+def _rankings(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    halves: Sequence[Half],
+    traced: TraceSettings,
+    settings: ProofSettings,
+    n_places: int,
+) -> list[Ranking]:
+    """Step 1, and the evaluation prompts cut at both sets of sites."""
+    found: dict[Kind, list[Ranking]] = {kind: [] for kind in Kind}
+    for name, chosen in ((CIRCUIT, list(dictionaries)), ("neurons", basis(model, dictionaries))):
+        discovery, evaluation = halves
+        prepared = discovery.prepared
+        if chosen is not dictionaries and traced.baseline is Baseline.MEAN:
+            prepared = prepare(prepared.prompts, model, chosen, traced)
+        embedding = mean_embedding(model, prepared) if traced.baseline is Baseline.MEAN else None
+        cuts = [
+            Cut.of(model, batch, chosen, traced.baseline, place, means=prepared.means, mean_embedding=embedding)
+            for batch, place in zip(evaluation.prepared.batches, evaluation.places, strict=True)
+        ]
+        nodes = score_nodes(model, chosen, prepared, discovery.places, traced)
+        links = score_edges(model, chosen, prepared, discovery.places, nodes, traced, embedding)
+        found[Kind.NODES] += _node_rankings(name, nodes, cuts, settings.seed)
+        found[Kind.EDGES] += _edge_rankings(name, links, cuts, settings)
+    return [each for kind in Kind for each in found[kind]]
+
+
+def _node_rankings(name: str, scores: NodeScores, cuts: list[Cut], seed: int) -> list[Ranking]:
+    found = {name: [by_size(scores.attribution)]}
+    if name == CIRCUIT:
+        found["activation"] = [by_size(scores.activation)]
+        found["random"] = [by_chance(len(scores.nodes), seed + draw) for draw in range(DRAWS)]
+    return [Ranking(each, Kind.NODES, orders, cuts, scores.nodes) for each, orders in found.items()]
+
+
+def _edge_rankings(name: str, scores: EdgeScores, cuts: list[Cut], settings: ProofSettings) -> list[Ranking]:
+    found = {name: [edges_by_paths(scores, settings.errors is not Errors.REMOVED)]}
+    if name == CIRCUIT:
+        found["contribution"] = [edges_by_contribution(scores)]
+        found["nodes' attribution"] = [edges_by_ends(scores, scores.ends.attribution)]
+        found["activation"] = [edges_by_ends(scores, scores.ends.activation)]
+        every = scores.there.flatten().nonzero()[:, 0]
+        found["random"] = [every[by_chance(len(every), settings.seed + draw)] for draw in range(DRAWS)]
+    return [
+        Ranking(each, Kind.EDGES, orders, cuts, scores.ends.nodes, scores.there) for each, orders in found.items()
+    ]
+
+
+def mean_embedding(model: SubjectModel, prepared: Prepared) -> Tensor:
+    """The mean token embedding [d] over the clean prompts: the mean baseline of embeddings."""
+    tokens = torch.cat([each.clean[each.mask.bool()] for each in prepared.batches])
+    return model.module.get_input_embeddings().weight[tokens].mean(dim=0)
+
+
+def _curve(
+    ranking: Ranking,
+    steps: Sequence[int],
+    of: int,
+    n_places: int,
+    evaluation: Half,
+    traced: TraceSettings,
+    settings: ProofSettings,
+    tick: Callable[[], None],
+) -> Curve:
+    """Steps 2 and 3 for one ranking."""
+    n = len(evaluation.prepared.prompts)
+    measured = np.zeros((2, len(steps), n))
+    for order in ranking.orders:
+        for index, size in enumerate(steps):
+            for side, run in enumerate(_circuits(ranking, order[:size], n_places, settings.errors, traced.chunk)):
+                measured[side, index] += _over_prompts(ranking.cuts, run, n) / len(ranking.orders)
+                tick()
+    clean = _over_prompts(ranking.cuts, lambda cut: behaviour(cut.model, cut.batch), n)
+    empty = _over_prompts(ranking.cuts, _empty(ranking, n_places, traced.chunk), n)
+    if not abs((clean - empty).mean()) > 0:
+        raise MediationError(
+            "On the evaluation prompts the behaviour is the same with every latent at its baseline: nothing to explain."
+        )
+    return Curve(ranking.name, steps, of, measured[0], measured[1], clean, empty)
+
+
+def _circuits(
+    ranking: Ranking, chosen: Tensor, n_places: int, policy: Errors, chunk: int
+) -> Iterator[Callable[[Cut], Tensor]]:
+    """How to run the circuit of the `chosen` nodes or edges, and the model without it."""
+    widths = [each.d_sae for each in ranking.cuts[0].dictionaries]
+    if ranking.kind is Kind.NODES:
+        kept = ranking.nodes.take(chosen).masks(n_places, widths)
+        errors = error_nodes(policy, kept)
+        yield lambda cut: run_nodes(cut, kept, errors)
+        others = ~errors if policy is Errors.WITH_LATENTS else errors
+        yield lambda cut: run_nodes(cut, [~each for each in kept], others)
+        return
+    assert ranking.there is not None
+    links = torch.zeros_like(ranking.there).flatten()
+    links[chosen] = True
+    links = links.view(ranking.there.shape)
+    errors = error_nodes(policy, ranking.nodes.take(links.any(dim=0)).masks(n_places, widths))
+    yield lambda cut: run_edges(cut, ranking.nodes, links, errors, chunk=chunk)
+    others = ~errors if policy is Errors.WITH_LATENTS else errors
+    yield lambda cut: run_edges(cut, ranking.nodes, ranking.there & ~links, others, chunk=chunk)
+
+
+def _empty(ranking: Ranking, n_places: int, chunk: int) -> Callable[[Cut], Tensor]:
+    """How to run the empty circuit."""
+    return next(_circuits(ranking, torch.zeros(0, dtype=torch.long), n_places, Errors.REMOVED, chunk))
+
+
+def _over_prompts(cuts: Sequence[Cut], run: Callable[[Cut], Tensor], n: int) -> Floats:
+    """A behaviour of every prompt, [n]: the sum over its examples."""
+    found = torch.zeros(n, dtype=torch.float64)
+    for cut in cuts:
+        found.index_add_(0, cut.batch.prompt.cpu(), run(cut).double().cpu())
+    return found.numpy()
+
+
+def _areas(curve: Curve, weights: Floats) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, area in (("cpr", curve.cpr), ("cmd", curve.cmd)):
+        for log in (False, True):
+            low, high = interval(area(weights, log=log))
+            found[name + ("_log" if log else "")] = {"value": area(log=log), "low": low, "high": high}
+    return found
+
+
+def _compare(own: Curve, other: Curve, weights: Floats) -> dict[str, Any]:
+    """Step 4: positive differences are in the circuit's favour."""
+    gain = own.cpr(weights, log=True) - other.cpr(weights, log=True)
+    closer = other.cmd(weights, log=True) - own.cmd(weights, log=True)
+    off = [np.abs(1 - each.faithfulness(weights)) for each in (own, other)]
+    low, high = interval(off[1] - off[0])
+    return {
+        "cpr_log": {"value": own.cpr(log=True) - other.cpr(log=True), **_ends(gain)},
+        "cmd_log": {"value": other.cmd(log=True) - own.cmd(log=True), **_ends(closer)},
+        "circuit_closer_at": [size for size, each in zip(own.sizes, low, strict=True) if each > 0],
+        "baseline_closer_at": [size for size, each in zip(own.sizes, high, strict=True) if each < 0],
+    }
+
+
+def _ends(draws: Floats) -> dict[str, Floats]:
+    low, high = interval(draws)
+    return {"low": low, "high": high}
