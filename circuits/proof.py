@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -44,7 +45,7 @@ from mediation.statistics import Floats
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, prepare
 
-DRAWS = 3  # random orders that are averaged
+DRAWS = 2  # random orders that are averaged
 CIRCUIT = "circuit"
 Progress = Callable[[int, int], None]
 
@@ -121,7 +122,8 @@ class Proof:
             scores = {curve.name: _areas(curve, weights) for curve in curves}
             against = {curve.name: _compare(own, curve, weights) for curve in curves[1:]}
             found[kind.value] = {
-                "prompts": len(own.clean), "of": own.of, "clean": own.clean.mean(), "empty": own.empty.mean(),
+                "prompts": len(own.clean), "of": own.of,
+                "clean": float(own.clean.mean()), "empty": float(own.empty.mean()),
                 "scores": scores, "against": against,
             }  # fmt: skip
         if Kind.EDGES in self.curves:
@@ -285,8 +287,7 @@ def _areas(curve: Curve, weights: Floats) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, area in (("cpr", curve.cpr), ("cmd", curve.cmd)):
         for log in (False, True):
-            low, high = interval(area(weights, log=log))
-            found[name + ("_log" if log else "")] = {"value": area(log=log), "low": low, "high": high}
+            found[name + ("_log" if log else "")] = _measured(area(log=log), area(weights, log=log))
     return found
 
 
@@ -297,13 +298,15 @@ def _compare(own: Curve, other: Curve, weights: Floats) -> dict[str, Any]:
     off = [np.abs(1 - each.faithfulness(weights)) for each in (own, other)]
     low, high = interval(off[1] - off[0])
     return {
-        "cpr_log": {"value": own.cpr(log=True) - other.cpr(log=True), **_ends(gain)},
-        "cmd_log": {"value": other.cmd(log=True) - own.cmd(log=True), **_ends(closer)},
+        "cpr_log": _measured(own.cpr(log=True) - other.cpr(log=True), gain),
+        "cmd_log": _measured(other.cmd(log=True) - own.cmd(log=True), closer),
         "circuit_closer_at": [size for size, each in zip(own.sizes, low, strict=True) if each > 0],
         "baseline_closer_at": [size for size, each in zip(own.sizes, high, strict=True) if each < 0],
     }
 
 
-def _ends(draws: Floats) -> dict[str, Floats]:
+def _measured(value: Floats, draws: Floats) -> dict[str, float | None]:
+    """A number with its interval, for JSON."""
     low, high = interval(draws)
-    return {"low": low, "high": high}
+    named = {"value": float(value), "low": float(low), "high": float(high)}
+    return {name: each if math.isfinite(each) else None for name, each in named.items()}
