@@ -1,7 +1,7 @@
 """The model run with part of a circuit: some nodes, or some edges, as they are, everything else at its baseline.
 
-Every dictionary's site is x = x' + sum_i (f_i - f'_i) w_i + (eps - eps'), with x', f', eps' at the baseline: the corrupt
-prompt's values (resample), the set's mean, or zero. A *place* is a role of the prompts, or a position.
+Every dictionary's site is x = x' + sum_i (f_i - f'_i) w_i + (eps - eps'), with x', f', eps' at the baseline: the
+corrupt prompt's values (resample), the set's mean, or zero. A *place* is a role of the prompts, or a position.
 
 Node circuit: a set of kept (site, place, latent), and of places whose error node is kept
 1. Run the clean prompt. At each dictionary's site, in execution order, take apart what has arrived there: upstream has
@@ -224,9 +224,7 @@ class _Current:
         """The behaviour [B], whose in-edges `wanted` [n] are kept."""
         plan = Plan.of(list(self.cut.sources), [Targets.behaviour(self.cut.batch)])
         sets, row, copy = self._sets(plan.reach[0], wanted[None])
-        found = [
-            self._run(plan, sets[part], row[part])[0][:, 0, 0] for part in torch.arange(len(row)).split(chunk)
-        ]
+        found = [self._run(plan, sets[part], row[part])[0][:, 0, 0] for part in torch.arange(len(row)).split(chunk)]
         return torch.cat(found)[copy[:, 0]]
 
     def _sets(self, reach: list[int], wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,16 +1,16 @@
 """How much of a behaviour a circuit brings about by itself, and how much is left without it; at every size.
 
-1. Faithfulness of a circuit C: (m(C) - m(empty)) / (m(clean) - m(empty)), with m the mean behaviour over prompts, everything
-   outside C at its baseline (circuits.ablation), and the empty circuit one without any node, errors too. 1: the circuit
-   does what the model does; it may be above 1 or below 0 (Wang et al. 2022; Marks et al. 2024).
+1. Faithfulness of a circuit C: (m(C) - m(empty)) / (m(clean) - m(empty)), with m the mean behaviour over prompts and
+   everything outside C at its baseline (circuits.ablation). The empty circuit has no node, nor any error node. 1: the
+   circuit does what the model does; it may be above 1 or below 0 (Wang et al. 2022; Marks et al. 2024).
 2. Completeness is the same ratio for the model without C, all else kept: near 0 where nothing that matters is outside
    the circuit, and 1 where the circuit is not needed (Marks et al. 2024, who plot it so).
 3. A ranking of N nodes or edges gives nested circuits, its first k. Sizes are the shares of N of Mueller et al. 2025
    (MIB: .1 % to 100 %), continued downwards in the same steps to a single one.
-4. CPR, the circuit performance ratio, is the integral of faithfulness over the share k / N from .001 to 1, CMD, the
-   circuit-model distance, that of |1 - faithfulness|, both by the trapezoid rule (Mueller et al. 2025). Half of either is the
-   model's larger half. The logarithmic ones integrate over log k from one node to all and divide by its range, so
-   that a perfect circuit at every size has CPR 1 and CMD 0, and sparse circuits count.
+4. CPR, the circuit performance ratio, is the integral of faithfulness over the share k / N from .001 to 1, and CMD, the
+   circuit-model distance, that of |1 - faithfulness|, both by the trapezoid rule (Mueller et al. 2025). Sizes from half
+   of all nodes up make up half of either. The logarithmic ones integrate over log k from one node to all, divided
+   by its range: a circuit that is perfect at every size has CPR 1 and CMD 0, and sparse circuits count.
 5. Intervals: prompts are resampled whole, and every ratio and area is computed anew.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,11 @@ class Curve:
         """[K], or [draws, K]: the same for the model without the circuit."""
         return self._ratio(self.complement, weights)
 
-    def cpr(self, weights: Floats | None = None, *, log: bool = False) -> Floats:
+    def cpr(self, weights: Floats | None = None, *, log: bool = False) -> Any:
         """Circuit performance ratio, a number or [draws]."""
         return self._area(self.faithfulness(weights), log)
 
-    def cmd(self, weights: Floats | None = None, *, log: bool = False) -> Floats:
+    def cmd(self, weights: Floats | None = None, *, log: bool = False) -> Any:
         """Circuit-model distance, a number or [draws]."""
         return self._area(np.abs(1 - self.faithfulness(weights)), log)
 
@@ -78,7 +79,7 @@ class Curve:
         with np.errstate(divide="ignore", invalid="ignore"):
             return part / whole[..., np.newaxis]
 
-    def _area(self, values: Floats, log: bool) -> Floats:
+    def _area(self, values: Floats, log: bool) -> Any:
         number = np.asarray(self.sizes, dtype=np.float64)
         if not log:
             chosen = number >= max(1, round(MIB_SHARES[0] * self.of))
@@ -91,7 +92,7 @@ class Curve:
 
 
 def prompt_weights(n: int, *, seed: int = 0) -> Floats:
-    """Weights [RESAMPLES, n] of n prompts drawn with replacement; the same for all curves, so that they can be paired."""
+    """Weights [RESAMPLES, n] of n prompts drawn with replacement; the same for all curves, which pairs them."""
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return draws / n
 

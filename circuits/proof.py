@@ -1,8 +1,8 @@
 """`mediation prove`: does the model do it with the circuit alone? Circuits against baselines at every size.
 
-1. Rank nodes and edges on discovery prompts (circuits.rankings), for the dictionaries and for the basis at the same sites.
-2. On evaluation prompts, which share no text with them, run every ranking's circuit of every size and the model without it
-   (circuits.ablation), both for nodes and for edges. The complement of an edge circuit is the candidates' other edges.
+1. Rank nodes and edges on discovery prompts (circuits.rankings), for the dictionaries and for the basis at their sites.
+2. On evaluation prompts, which share no text with them, run every ranking's circuit of every size, and the model
+   without it (circuits.ablation), for nodes and for edges. The complement of edges is the candidates' other edges.
    The basis is compared at equal numbers of nodes or edges; where it has fewer, all of them are kept.
 3. Faithfulness and completeness at every size, CPR and CMD over linear and logarithmic size (circuits.faithfulness).
 4. For each baseline, the difference in logarithmic CPR and CMD and the sizes at which it is closer to the model than
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuits.ablation import Cut, Errors, Nodes, error_nodes, run_edges, run_nodes
 from circuits.faithfulness import Curve, interval, prompt_weights, sizes
+from circuits.graph import TARGET
 from circuits.rankings import (
     EdgeScores,
     NodeScores,
@@ -33,6 +34,7 @@ from circuits.rankings import (
     edges_by_contribution,
     edges_by_ends,
     edges_by_paths,
+    node_ids,
     place_index,
     score_edges,
     score_nodes,
@@ -40,13 +42,14 @@ from circuits.rankings import (
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour
-from mediation.prompts import Baseline, DiscoverySet, EvaluationSet
+from mediation.nodes import MeanState, mean_state
+from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet
 from mediation.statistics import Floats
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, prepare
 
 DRAWS = 2  # random orders that are averaged
-CIRCUIT = "circuit"
+CIRCUIT, NEURONS = "circuit", "neurons"
 Progress = Callable[[int, int], None]
 
 
@@ -75,14 +78,39 @@ class Half:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Orders of node or edge indices, whose measurements are averaged (several for chance), over one set of sites."""
+    """Orders of node or edge indices, first what a circuit takes first; measurements of several (chance) are averaged.
+
+    there: bool [n + 1, n], which edges there are; an edge's index is that into the flattened matrix.
+    """
 
     name: str
     kind: Kind
     orders: list[Tensor]
-    cuts: list[Cut]
     nodes: Nodes
-    there: Tensor | None = None  # bool [n + 1, n], of edges
+    there: Tensor | None = None
+
+    def members(self, order: Tensor, ids: Sequence[str]) -> list[tuple[str, str | None]]:
+        """(node, None) or (source, target) of each of an order, `ids` being those of all nodes."""
+        if self.kind is Kind.NODES:
+            return [(ids[each], None) for each in order.tolist()]
+        named = [*ids, TARGET]
+        return [(named[edge % len(ids)], named[edge // len(ids)]) for edge in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the discovery prompts say of one set of sites: scores, rankings, and the means the mean baseline needs."""
+
+    dictionaries: list[Dictionary]
+    means: dict[str, MeanState] | None
+    mean_embedding: Tensor | None
+    nodes: NodeScores
+    links: EdgeScores
+    rankings: list[Ranking]
+
+    def ids(self, ranking: Ranking, places: Sequence[str]) -> list[str]:
+        """Ids of a ranking's nodes."""
+        return node_ids(ranking.nodes, [each.site.name for each in self.dictionaries], places)
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,7 @@ class Proof:
     """What was measured: a curve of every ranking, by kind."""
 
     curves: dict[Kind, list[Curve]]
+    members: pl.DataFrame  # kind, rank, source, target (null for a node): what the circuit takes, in its order
     edge_nodes: int  # nodes that edges run between
 
     def table(self, *, seed: int) -> pl.DataFrame:
@@ -146,63 +175,82 @@ def prove(
     Raises MediationError where no latent changes, or the evaluation prompts have no total effect to explain.
     """
     names: dict[str, int] = {}
-    halves = []
-    for prompts in (discovery, evaluation):
-        prepared = prepare(prompts, model, dictionaries, traced)
-        halves.append(Half(prepared, place_index(prepared.batches, names)))
-    rankings = _rankings(model, dictionaries, halves, traced, settings, len(names))
-    of = {kind: max(len(each.orders[0]) for each in rankings if each.kind is kind and each.name == CIRCUIT)
-          for kind in Kind}  # fmt: skip
+    discovered = halve(model, dictionaries, discovery, traced, names)
+    evaluated = halve(model, dictionaries, evaluation, traced, names)
+    circuit = discover(model, dictionaries, discovered, traced, settings)
+    neurons = discover(model, basis(model, dictionaries), discovered, traced, settings, name=NEURONS)
+    ranked = {kind: [each for each in circuit.rankings if each.kind is kind] for kind in Kind}
+    of = {kind: len(ranked[kind][0].orders[0]) for kind in Kind}
     steps = {kind: sizes(number) for kind, number in of.items()}
-    total = sum(2 * len(each.orders) * len(steps[each.kind]) for each in rankings)
+    work = [(found, each) for found in (circuit, neurons) for each in found.rankings]
+    total = sum(2 * len(each.orders) * len(steps[each.kind]) for _, each in work)
     done = iter(range(1, total + 1))
     curves: dict[Kind, list[Curve]] = {kind: [] for kind in Kind}
-    for ranking in rankings:
-        curve = _curve(
-            ranking, steps[ranking.kind], of[ranking.kind], len(names), halves[1], traced, settings,
-            lambda: progress(next(done), total),
-        )  # fmt: skip
-        curves[ranking.kind].append(curve)
-    edge_nodes = next(len(each.nodes) for each in rankings if each.kind is Kind.EDGES)
-    return Proof(curves, edge_nodes)
+    for found in (circuit, neurons):
+        cuts = [
+            Cut.of(model, batch, found.dictionaries, traced.baseline, place,
+                   means=found.means, mean_embedding=found.mean_embedding)
+            for batch, place in zip(evaluated.prepared.batches, evaluated.places, strict=True)
+        ]  # fmt: skip
+        for ranking in found.rankings:
+            kind = ranking.kind
+            curve = _curve(
+                ranking, cuts, steps[kind], of[kind], len(names), len(evaluation), traced.chunk, settings.errors,
+                lambda: progress(next(done), total),
+            )  # fmt: skip
+            curves[kind].append(curve)
+    members = [
+        pl.DataFrame(
+            ranked[kind][0].members(ranked[kind][0].orders[0], circuit.ids(ranked[kind][0], list(names))),
+            schema=["source", "target"], orient="row",
+        ).select(pl.lit(kind.value).alias("kind"), pl.int_range(1, pl.len() + 1).alias("rank"), "source", "target")
+        for kind in Kind
+    ]  # fmt: skip
+    return Proof(curves, pl.concat(members, how="vertical_relaxed"), len(circuit.links.ends.nodes))
 
 
-def _rankings(
+def halve(
     model: SubjectModel,
     dictionaries: Sequence[Dictionary],
-    halves: Sequence[Half],
+    prompts: PromptSet,
+    traced: TraceSettings,
+    names: dict[str, int],
+) -> Half:
+    """Prepare prompts; their places are numbered by `names`, which grows."""
+    prepared = prepare(prompts, model, dictionaries, traced)
+    return Half(prepared, place_index(prepared.batches, names))
+
+
+def discover(
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    half: Half,
     traced: TraceSettings,
     settings: ProofSettings,
-    n_places: int,
-) -> list[Ranking]:
-    """Step 1, and the evaluation prompts cut at both sets of sites."""
-    found: dict[Kind, list[Ranking]] = {kind: [] for kind in Kind}
-    for name, chosen in ((CIRCUIT, list(dictionaries)), ("neurons", basis(model, dictionaries))):
-        discovery, evaluation = halves
-        prepared = discovery.prepared
-        if chosen is not dictionaries and traced.baseline is Baseline.MEAN:
-            prepared = prepare(prepared.prompts, model, chosen, traced)
-        embedding = mean_embedding(model, prepared) if traced.baseline is Baseline.MEAN else None
-        cuts = [
-            Cut.of(model, batch, chosen, traced.baseline, place, means=prepared.means, mean_embedding=embedding)
-            for batch, place in zip(evaluation.prepared.batches, evaluation.places, strict=True)
-        ]
-        nodes = score_nodes(model, chosen, prepared, discovery.places, traced)
-        links = score_edges(model, chosen, prepared, discovery.places, nodes, traced, embedding)
-        found[Kind.NODES] += _node_rankings(name, nodes, cuts, settings.seed)
-        found[Kind.EDGES] += _edge_rankings(name, links, cuts, settings)
-    return [each for kind in Kind for each in found[kind]]
+    *,
+    name: str = CIRCUIT,
+) -> Discovery:
+    """Step 1. The rankings by attribution and by paths are called `name`; the circuit's come with its baselines."""
+    ordered = sorted(dictionaries, key=lambda each: each.site.depth)
+    prepared, embedding = half.prepared, None
+    if traced.baseline is Baseline.MEAN:
+        means = {each.name: mean_state(model, prepared.batches, each) for each in ordered}
+        prepared, embedding = replace(prepared, means=means), _mean_embedding(model, prepared)
+    nodes = score_nodes(model, ordered, prepared, half.places, traced)
+    links = score_edges(model, ordered, prepared, half.places, nodes, traced, embedding)
+    rankings = [*_node_rankings(name, nodes, settings.seed), *_edge_rankings(name, links, settings)]
+    return Discovery(ordered, prepared.means, embedding, nodes, links, rankings)
 
 
-def _node_rankings(name: str, scores: NodeScores, cuts: list[Cut], seed: int) -> list[Ranking]:
+def _node_rankings(name: str, scores: NodeScores, seed: int) -> list[Ranking]:
     found = {name: [by_size(scores.attribution)]}
     if name == CIRCUIT:
         found["activation"] = [by_size(scores.activation)]
         found["random"] = [by_chance(len(scores.nodes), seed + draw) for draw in range(DRAWS)]
-    return [Ranking(each, Kind.NODES, orders, cuts, scores.nodes) for each, orders in found.items()]
+    return [Ranking(each, Kind.NODES, orders, scores.nodes) for each, orders in found.items()]
 
 
-def _edge_rankings(name: str, scores: EdgeScores, cuts: list[Cut], settings: ProofSettings) -> list[Ranking]:
+def _edge_rankings(name: str, scores: EdgeScores, settings: ProofSettings) -> list[Ranking]:
     found = {name: [edges_by_paths(scores, settings.errors is not Errors.REMOVED)]}
     if name == CIRCUIT:
         found["contribution"] = [edges_by_contribution(scores)]
@@ -210,12 +258,10 @@ def _edge_rankings(name: str, scores: EdgeScores, cuts: list[Cut], settings: Pro
         found["activation"] = [edges_by_ends(scores, scores.ends.activation)]
         every = scores.there.flatten().nonzero()[:, 0]
         found["random"] = [every[by_chance(len(every), settings.seed + draw)] for draw in range(DRAWS)]
-    return [
-        Ranking(each, Kind.EDGES, orders, cuts, scores.ends.nodes, scores.there) for each, orders in found.items()
-    ]
+    return [Ranking(each, Kind.EDGES, orders, scores.ends.nodes, scores.there) for each, orders in found.items()]
 
 
-def mean_embedding(model: SubjectModel, prepared: Prepared) -> Tensor:
+def _mean_embedding(model: SubjectModel, prepared: Prepared) -> Tensor:
     """The mean token embedding [d] over the clean prompts: the mean baseline of embeddings."""
     tokens = torch.cat([each.clean[each.mask.bool()] for each in prepared.batches])
     return model.module.get_input_embeddings().weight[tokens].mean(dim=0)
@@ -223,24 +269,26 @@ def mean_embedding(model: SubjectModel, prepared: Prepared) -> Tensor:
 
 def _curve(
     ranking: Ranking,
+    cuts: Sequence[Cut],
     steps: Sequence[int],
     of: int,
     n_places: int,
-    evaluation: Half,
-    traced: TraceSettings,
-    settings: ProofSettings,
+    n_prompts: int,
+    chunk: int,
+    policy: Errors,
     tick: Callable[[], None],
 ) -> Curve:
     """Steps 2 and 3 for one ranking."""
-    n = len(evaluation.prepared.prompts)
-    measured = np.zeros((2, len(steps), n))
+    widths = [each.d_sae for each in cuts[0].dictionaries]
+    measured = np.zeros((2, len(steps), n_prompts))
     for order in ranking.orders:
         for index, size in enumerate(steps):
-            for side, run in enumerate(_circuits(ranking, order[:size], n_places, settings.errors, traced.chunk)):
-                measured[side, index] += _over_prompts(ranking.cuts, run, n) / len(ranking.orders)
+            for side, run in enumerate(_circuits(ranking, order[:size], n_places, widths, policy, chunk)):
+                measured[side, index] += _over_prompts(cuts, run, n_prompts) / len(ranking.orders)
                 tick()
-    clean = _over_prompts(ranking.cuts, lambda cut: behaviour(cut.model, cut.batch), n)
-    empty = _over_prompts(ranking.cuts, _empty(ranking, n_places, traced.chunk), n)
+    clean = _over_prompts(cuts, lambda cut: behaviour(cut.model, cut.batch), n_prompts)
+    none = _circuits(ranking, torch.zeros(0, dtype=torch.long), n_places, widths, Errors.REMOVED, chunk)
+    empty = _over_prompts(cuts, next(none), n_prompts)
     if not abs((clean - empty).mean()) > 0:
         raise MediationError(
             "On the evaluation prompts the behaviour is the same with every latent at its baseline: nothing to explain."
@@ -249,10 +297,9 @@ def _curve(
 
 
 def _circuits(
-    ranking: Ranking, chosen: Tensor, n_places: int, policy: Errors, chunk: int
+    ranking: Ranking, chosen: Tensor, n_places: int, widths: Sequence[int], policy: Errors, chunk: int
 ) -> Iterator[Callable[[Cut], Tensor]]:
     """How to run the circuit of the `chosen` nodes or edges, and the model without it."""
-    widths = [each.d_sae for each in ranking.cuts[0].dictionaries]
     if ranking.kind is Kind.NODES:
         kept = ranking.nodes.take(chosen).masks(n_places, widths)
         errors = error_nodes(policy, kept)
@@ -266,13 +313,8 @@ def _circuits(
     links = links.view(ranking.there.shape)
     errors = error_nodes(policy, ranking.nodes.take(links.any(dim=0)).masks(n_places, widths))
     yield lambda cut: run_edges(cut, ranking.nodes, links, errors, chunk=chunk)
-    others = ~errors if policy is Errors.WITH_LATENTS else errors
-    yield lambda cut: run_edges(cut, ranking.nodes, ranking.there & ~links, others, chunk=chunk)
-
-
-def _empty(ranking: Ranking, n_places: int, chunk: int) -> Callable[[Cut], Tensor]:
-    """How to run the empty circuit."""
-    return next(_circuits(ranking, torch.zeros(0, dtype=torch.long), n_places, Errors.REMOVED, chunk))
+    others, rest = ~errors if policy is Errors.WITH_LATENTS else errors, ranking.there & ~links
+    yield lambda cut: run_edges(cut, ranking.nodes, rest, others, chunk=chunk)
 
 
 def _over_prompts(cuts: Sequence[Cut], run: Callable[[Cut], Tensor], n: int) -> Floats:

@@ -2,12 +2,12 @@
 
 1. Nodes: every (site, place, latent) that changes on some prompt, with its mean attribution over the prompts (by the
    estimator at hand) and its mean activation, |f - f'|. The circuit takes them by |attribution|.
-2. Edges run between candidates: the strongest nodes of each site by |attribution|, the token embeddings and the behaviour.
-   Each has its mean contribution over the prompts (circuits.edges).
+2. Edges run between candidates: the strongest nodes of each site by |attribution|, the token embeddings and the
+   behaviour. Each has its mean contribution over the prompts (circuits.edges).
 3. A circuit of edges takes whole paths: an edge counts what the strongest path through it carries, from an embedding
-   (or an error node, where these are kept) to the behaviour. A node's input divides what it carries by the shares of
-   |contribution|, as in circuits.graph; the best way in and the best way out of every node are found in execution order.
-   So a first edge never comes without a way to it and from it; by contribution alone, small circuits have loose ends.
+   (or an error node, where these are kept) to the behaviour. What a node carries is divided over its in-edges by their
+   shares of |contribution|, as in circuits.graph; the best ways in and out of every node are found in execution order.
+   So no edge comes without a way to it and from it; by contribution alone, small circuits have loose ends.
 4. Baselines for nodes: activation, and chance. For edges: by |contribution| alone; between the nodes with the strongest
    attribution, or activation (an edge counts as much as its weaker end, then its stronger one); and chance.
 5. The basis: neurons where an MLP writes, coordinates at all other sites, ranked in the same way.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuits.ablation import EMBEDDING, Nodes
 from circuits.edges import EMBEDDING_SITE, REST, Edges, Sources, Targets, behaviour_edges, edges
+from circuits.graph import embedding_id, latent_id
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import ESTIMATORS
@@ -75,6 +76,15 @@ def place_index(batches: Sequence[Batch], names: dict[str, int]) -> list[Tensor]
                 places[row, position] = names.setdefault(role_of(example, position), len(names))
         found.append(places)
     return found
+
+
+def node_ids(nodes: Nodes, sites: Sequence[str], places: Sequence[str]) -> list[str]:
+    """The ids of `circuits.graph`, from the names of the sites and places."""
+    rows = zip(nodes.site.tolist(), nodes.place.tolist(), nodes.latent.tolist(), strict=True)
+    return [
+        embedding_id(places[place]) if site == EMBEDDING else latent_id(sites[site], places[place], latent)
+        for site, place, latent in rows
+    ]
 
 
 def basis(model: SubjectModel, dictionaries: Sequence[Dictionary]) -> list[Dictionary]:
@@ -224,7 +234,7 @@ def edges_by_contribution(scores: EdgeScores) -> Tensor:
 
 
 def edges_by_ends(scores: EdgeScores, strength: Tensor) -> Tensor:
-    """As `edges_by_contribution`, by the weaker end and then the stronger; `strength` [n], the behaviour's is infinite."""
+    """As `edges_by_contribution`, by the weaker end, then the stronger; `strength` [n], the behaviour's is infinite."""
     own = strength.abs()
     into = torch.cat([own, own.new_full((1,), torch.inf)])[:, None]
     weaker, stronger = torch.minimum(into, own), torch.maximum(into, own)

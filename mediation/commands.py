@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import polars as pl
 import torch
 
+from circuits.ablation import Errors
 from circuits.build import build_graph
 from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
+from circuits.proof import ProofSettings, prove
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -170,6 +172,27 @@ def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
         "page": str(page),
         "graphml": str(graphml),
     }
+
+
+def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """`mediation prove`: circuits of the run's sites, chosen on one half of its prompts and measured on the other."""
+    settings = ProofSettings(_choice(Errors, chosen["errors"], "errors"), chosen["seed"])
+    run = Run.open(path)
+    source, traced = _source_of(run)
+    traced = replace(traced, top=chosen["top"], seed=chosen["seed"])
+    discovery, evaluation = PromptSet.from_jsonl(run.path / PROMPTS_FILE).split(0.5, settings.seed)
+    discovery, evaluation = discovery[: chosen["prompts"]], evaluation[: chosen["prompts"]]
+    model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, str(model.device))
+    with run.timed("proof"), report.bar("circuits", quiet) as tick:
+        proof = prove(model, dictionaries, discovery, evaluation, traced, settings, progress=tick)
+    table, summary = proof.table(seed=settings.seed), proof.summary(seed=settings.seed)
+    run.write_table("proof", table)
+    run.write_table("circuit", proof.members)
+    run.record(proof={"settings": chosen, **summary})
+    if not quiet:
+        report.proof(table, summary)
+    return {"run": str(path), **summary, "curves": table.fill_nan(None).to_dicts()}
 
 
 def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:

@@ -35,6 +35,7 @@ GATES = ("sum", "and", "or")
 TARGET, END = "target", "end"
 FEATURES, USED, LAYERS, PER_LAYER, READ = 10, 6, 3, 6, 3
 CONSTANT = 1000.0  # on the first axis, at every token: what norms divide by, but for 1e-5 of it
+ON = (0.75, 0.25)  # chance of a feature to be on in the clean prompt and in the corrupt one
 DECOY = 2.0  # size of features that are not used
 BOS, YES, NO, LAST = "<bos>", "yes", "no", "so"
 EMBEDDING, MOVED = "blocks.0.hook_resid_pre", "blocks.0.hook_attn_out"
@@ -96,8 +97,16 @@ def _draw(rng: random.Random, kinds: tuple[str, ...]) -> tuple[list[dict[str, _G
             gate = _Gate(rng.choice(kinds), (chosen[0], chosen[1]), weights)
             found[f"blocks.{layer}.hook_mlp_out/{END}/{index}"] = gate
         layers.append(found)
-    read = rng.sample(list(layers[-1])[:-1], READ)
-    return layers, {name: rng.choice((-1, 1)) * rng.uniform(1.0, 2.0) for name in read}
+    while True:
+        read = rng.sample(list(layers[-1])[:-1], READ)
+        outputs = {name: rng.choice((-1, 1)) * rng.uniform(1.0, 2.0) for name in read}
+        if abs(_whole(layers, outputs)) > 0.5:  # else prompts hardly differ
+            return layers, outputs
+
+
+def _whole(gates: list[dict[str, _Gate]], outputs: dict[str, float]) -> float:
+    """What all features together do to the difference of the two logits."""
+    return _output(gates, outputs, [True] * FEATURES) - _output(gates, outputs, [False] * FEATURES)
 
 
 def _axes(gates: list[dict[str, _Gate]]) -> dict[str, int]:
@@ -124,7 +133,7 @@ def _model(gates: list[dict[str, _Gate]], outputs: dict[str, float], axes: dict[
         num_attention_heads=1, hidden_act="relu", max_position_embeddings=32, bos_token_id=0, eos_token_id=None,
         pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    module = LlamaForCausalLM(config)
+    module: Any = LlamaForCausalLM(config)
     unit = CONSTANT / width**0.5  # what a norm divides by: x / unit is what MLP, attention and logits are given
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -135,9 +144,9 @@ def _model(gates: list[dict[str, _Gate]], outputs: dict[str, float], axes: dict[
             embedding[words[f"on{k}"], axes[f"{EMBEDDING}/f{k}/{k}"]] = 1.0 if k < USED else DECOY
         attention = module.model.layers[0].self_attn
         for k in range(FEATURES):
-            source, target = axes[f"{EMBEDDING}/f{k}/{k}"], axes[f"{MOVED}/{END}/{k}"]
-            attention.v_proj.weight[target, source] = unit
-            attention.o_proj.weight[target, target] = FEATURES + 2  # tokens of a prompt, over which it is a mean
+            read, write = axes[f"{EMBEDDING}/f{k}/{k}"], axes[f"{MOVED}/{END}/{k}"]
+            attention.v_proj.weight[write, read] = unit
+            attention.o_proj.weight[write, write] = FEATURES + 2  # tokens of a prompt, over which it is a mean
         for layer, of_layer in zip(module.model.layers, gates, strict=True):
             mlp = layer.mlp
             mlp.up_proj.weight[:, 0] = unit / CONSTANT
@@ -150,8 +159,8 @@ def _model(gates: list[dict[str, _Gate]], outputs: dict[str, float], axes: dict[
                         mlp.gate_proj.weight[row, axes[source]] += weight * unit
                     mlp.down_proj.weight[axes[name], row] = sign
         for name, weight in outputs.items():
-            for word, sign in ((YES, 0.5), (NO, -0.5)):
-                module.lm_head.weight[words[word], axes[name]] = sign * weight * unit
+            for word, side in ((YES, 0.5), (NO, -0.5)):
+                module.lm_head.weight[words[word], axes[name]] = side * weight * unit
     return module.eval()
 
 
@@ -184,16 +193,19 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _prompts(
     rng: random.Random, gates: list[dict[str, _Gate]], outputs: dict[str, float], n: int
 ) -> list[dict[str, Any]]:
-    """Pairs of random features whose outputs differ, all different; the answer is the side the clean one is on."""
+    """Pairs of random features, all different: most on in the clean prompt, few in the corrupt one.
+
+    Their outputs differ, always in the same direction, so that no part's effects cancel over the prompts.
+    """
     rows: dict[str, dict[str, Any]] = {}
+    answers = (YES, NO) if _whole(gates, outputs) > 0 else (NO, YES)
     while len(rows) < n:
-        sides = [[rng.random() < 0.5 for _ in range(FEATURES)] for _ in range(2)]
+        sides = [[rng.random() < share for _ in range(FEATURES)] for share in ON]
         clean, corrupt = (" ".join([*(f"{'on' if on else 'off'}{k}" for k, on in enumerate(side)), LAST])
                           for side in sides)  # fmt: skip
         change = _output(gates, outputs, sides[0]) - _output(gates, outputs, sides[1])
-        if abs(change) < 0.2 or clean in rows:
+        if (change if answers[0] == YES else -change) < 0.2 or clean in rows:
             continue
-        answers = (YES, NO) if change > 0 else (NO, YES)
         starts = [len(" ".join(clean.split()[:k])) + (k > 0) for k in range(FEATURES)]
         roles = {f"f{k}": [start, start + len(clean.split()[k])] for k, start in enumerate(starts)}
         rows[clean] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.ablation import EMBEDDING, Cut, Errors, Nodes, error_nodes, run_edges, run_nodes
 from circuits.calibration import exact_edges
-from circuits.edges import EMBEDDING_SITE, REST, Sources, Targets, edges
+from circuits.edges import EMBEDDING_SITE, REST, Targets, edges
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.estimators.common import behaviour
 from mediation.frozen import Frozen
