@@ -66,6 +66,7 @@ class ProofSettings:
 
     errors: Errors = Errors.KEPT
     seed: int = 0
+    kinds: tuple[Kind, ...] = tuple(Kind)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Discovery:
     means: dict[str, MeanState] | None
     mean_embedding: Tensor | None
     nodes: NodeScores
-    links: EdgeScores
+    links: EdgeScores | None
     rankings: list[Ranking]
 
     def ids(self, ranking: Ranking, places: Sequence[str]) -> list[str]:
@@ -119,7 +120,7 @@ class Proof:
 
     curves: dict[Kind, list[Curve]]
     members: pl.DataFrame  # kind, rank, source, target (null for a node): what the circuit takes, in its order
-    edge_nodes: int  # nodes that edges run between
+    edge_nodes: int  # nodes that edges run between, embeddings among them
 
     def table(self, *, seed: int) -> pl.DataFrame:
         """One row per kind, ranking and size: faithfulness and completeness with intervals, and mean behaviours."""
@@ -179,13 +180,13 @@ def prove(
     evaluated = halve(model, dictionaries, evaluation, traced, names)
     circuit = discover(model, dictionaries, discovered, traced, settings)
     neurons = discover(model, basis(model, dictionaries), discovered, traced, settings, name=NEURONS)
-    ranked = {kind: [each for each in circuit.rankings if each.kind is kind] for kind in Kind}
-    of = {kind: len(ranked[kind][0].orders[0]) for kind in Kind}
+    ranked = {kind: [each for each in circuit.rankings if each.kind is kind] for kind in settings.kinds}
+    of = {kind: len(each[0].orders[0]) for kind, each in ranked.items()}
     steps = {kind: sizes(number) for kind, number in of.items()}
     work = [(found, each) for found in (circuit, neurons) for each in found.rankings]
     total = sum(2 * len(each.orders) * len(steps[each.kind]) for _, each in work)
     done = iter(range(1, total + 1))
-    curves: dict[Kind, list[Curve]] = {kind: [] for kind in Kind}
+    curves: dict[Kind, list[Curve]] = {kind: [] for kind in settings.kinds}
     for found in (circuit, neurons):
         cuts = [
             Cut.of(model, batch, found.dictionaries, traced.baseline, place,
@@ -204,9 +205,10 @@ def prove(
             ranked[kind][0].members(ranked[kind][0].orders[0], circuit.ids(ranked[kind][0], list(names))),
             schema=["source", "target"], orient="row",
         ).select(pl.lit(kind.value).alias("kind"), pl.int_range(1, pl.len() + 1).alias("rank"), "source", "target")
-        for kind in Kind
+        for kind in settings.kinds
     ]  # fmt: skip
-    return Proof(curves, pl.concat(members, how="vertical_relaxed"), len(circuit.links.ends.nodes))
+    between = 0 if circuit.links is None else len(circuit.links.ends.nodes)
+    return Proof(curves, pl.concat(members, how="vertical_relaxed"), between)
 
 
 def halve(
@@ -237,8 +239,11 @@ def discover(
         means = {each.name: mean_state(model, prepared.batches, each) for each in ordered}
         prepared, embedding = replace(prepared, means=means), _mean_embedding(model, prepared)
     nodes = score_nodes(model, ordered, prepared, half.places, traced)
-    links = score_edges(model, ordered, prepared, half.places, nodes, traced, embedding)
-    rankings = [*_node_rankings(name, nodes, settings.seed), *_edge_rankings(name, links, settings)]
+    rankings = _node_rankings(name, nodes, settings.seed) if Kind.NODES in settings.kinds else []
+    links = None
+    if Kind.EDGES in settings.kinds:
+        links = score_edges(model, ordered, prepared, half.places, nodes, traced, embedding)
+        rankings += _edge_rankings(name, links, settings)
     return Discovery(ordered, prepared.means, embedding, nodes, links, rankings)
 
 

@@ -17,7 +17,7 @@ from circuits.ablation import Errors
 from circuits.build import build_graph
 from circuits.export import to_graphml
 from circuits.graph import AttributionGraph
-from circuits.proof import ProofSettings, prove
+from circuits.proof import Kind, ProofSettings, prove
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -176,7 +176,8 @@ def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
 
 def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
     """`mediation prove`: circuits of the run's sites, chosen on one half of its prompts and measured on the other."""
-    settings = ProofSettings(_choice(Errors, chosen["errors"], "errors"), chosen["seed"])
+    kinds = tuple(Kind) if chosen["edges"] else (Kind.NODES,)
+    settings = ProofSettings(_choice(Errors, chosen["errors"], "errors"), chosen["seed"], kinds)
     run = Run.open(path)
     source, traced = _source_of(run)
     traced = replace(traced, top=chosen["top"], seed=chosen["seed"])

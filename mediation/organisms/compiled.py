@@ -197,18 +197,18 @@ def _prompts(
 
     Their outputs differ, always in the same direction, so that no part's effects cancel over the prompts.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     answers = (YES, NO) if _whole(gates, outputs) > 0 else (NO, YES)
     while len(rows) < n:
         sides = [[rng.random() < share for _ in range(FEATURES)] for share in ON]
         clean, corrupt = (" ".join([*(f"{'on' if on else 'off'}{k}" for k, on in enumerate(side)), LAST])
                           for side in sides)  # fmt: skip
         change = _output(gates, outputs, sides[0]) - _output(gates, outputs, sides[1])
-        if (change if answers[0] == YES else -change) < 0.2 or clean in rows:
+        if (change if answers[0] == YES else -change) < 0.2 or (clean, corrupt) in rows:
             continue
         starts = [len(" ".join(clean.split()[:k])) + (k > 0) for k in range(FEATURES)]
         roles = {f"f{k}": [start, start + len(clean.split()[k])] for k, start in enumerate(starts)}
-        rows[clean] = {
+        rows[clean, corrupt] = {
             "id": f"{len(rows)}", "clean": clean, "corrupt": corrupt, "answer": f" {answers[0]}",
             "wrong_answer": f" {answers[1]}", "roles": roles,
         }  # fmt: skip
