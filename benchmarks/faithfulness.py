@@ -195,10 +195,10 @@ HEAD = """# Circuits proven against the model
 
 Made by `benchmarks/faithfulness.py` on {cores} CPU cores that were shared with other work, {threads} thread(s).
 **Faithfulness**: what the circuit alone does of what the model does, (m(C) - m(empty)) / (m(clean) - m(empty)) with m
-the mean behaviour; 1 is the model. **Completeness**: the same for the model without the circuit; 0 says that nothing outside
-it matters. Circuits are chosen on discovery prompts and measured on evaluation prompts, disjoint by clean text. Everything
-outside the circuit is at its value on the corrupt prompt (or as said), site after site with recomputed values; an edge
-circuit gives every node its own input, made of the sources whose edges to it are kept (`circuits/ablation.py`).
+the mean behaviour; 1 is the model. **Completeness**: the same for the model without the circuit; 0 says that nothing
+outside it matters. Circuits are chosen on discovery prompts and measured on evaluation prompts, disjoint by clean text.
+Everything outside the circuit is at its baseline, site after site with recomputed values; an edge circuit gives every
+node its own input, made of the sources whose edges to it are kept (`circuits/ablation.py`).
 CPR and CMD follow Mueller et al. 2025 (MIB), over log k so that small circuits count, and over k as MIB has them.
 
 Rankings. *circuit*: nodes by |attribution|, edges by the strongest path through them. *activation*: |f - f'|, of edges
@@ -248,8 +248,8 @@ def _proof_part(name: str, found: dict[str, Any]) -> str:
         shares = "; ".join(f"{key} {value:.2f}" for key, value in found["known"].items())
         lines.append(
             "What is known by construction: faithfulness of all that is at the person's name after block 0, of all "
-            "that is elsewhere there, of the planted directions of the attribute that decides, and of those of each other "
-            f"attribute (mean): {shares}.\n"
+            "that is elsewhere there, of the planted directions of the attribute that decides, and of those of each "
+            f"other attribute (mean): {shares}.\n"
         )
     for policy, each in found["errors"].items():
         for kind, figures in each["summary"].items():

@@ -52,7 +52,7 @@ def test_help_answers_in_under_a_second() -> None:
     result = command("--help")
     assert time.perf_counter() - start < 1.0
     assert result.returncode == 0
-    for name in ("demo", "trace", "inspect", "flag", "label", "organism", "train", "bench"):
+    for name in ("demo", "trace", "inspect", "prove", "flag", "label", "organism", "train", "bench"):
         assert name in result.stdout
 
 

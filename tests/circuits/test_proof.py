@@ -30,7 +30,7 @@ def proof_of(folder: Path, batch_size: int = 16, **settings: Errors) -> tuple[Pr
     model = SubjectModel.load(folder / "model", device="cpu")
     dictionaries = load_dictionaries(Source("", (str(folder / "saes"),), ""), "cpu")
     discovery, evaluation = PromptSet.from_jsonl(folder / "prompts.jsonl").split(0.5)
-    traced = TraceSettings(steps=2, top=12, batch_size=batch_size)
+    traced = TraceSettings(steps=2, top=8, batch_size=batch_size)
     return prove(model, dictionaries, discovery, evaluation, traced, ProofSettings(**settings)), truth, model
 
 
