@@ -222,8 +222,8 @@ def _compiled_part(found: dict[str, Any]) -> str:
     seeds = found["seeds"]
     lines = [
         "## Where the circuit is known\n",
-        "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change as",
-        "much. Of the first nodes or edges, as many as are true, the share that is true; mean over seeds",
+        "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change",
+        "more. Of the first nodes or edges, as many as are true, the share that is true; mean over seeds",
         f"0 to {seeds - 1}.\n",
     ]
     for kind in Kind:
@@ -324,7 +324,7 @@ def main() -> None:
             if not chosen.saes or not chosen.data:
                 parser.error(f"{part} needs --data and --saes")
             model = SubjectModel.load(chosen.model, device="cpu")
-            dictionaries = load_dictionaries(Source("", tuple(chosen.saes), ""), "cpu")
+            dictionaries = load_dictionaries(Source("", tuple(chosen.saes), ""), "cpu", model)
             if part == "agreement":
                 prompts = agreement(model, chosen.data / f"{chosen.pairs}_train.json")
                 name = f"Subject-verb agreement, {chosen.pairs} ({chosen.baseline.value})"

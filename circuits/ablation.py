@@ -7,7 +7,8 @@ Node circuit: a set of kept (site, place, latent), and of places whose error nod
 1. Run the clean prompt. At each dictionary's site, in execution order, take apart what has arrived there: upstream has
    been cut, so latents and errors have their current values, not their clean ones.
 2. Go on with x' + sum over kept latents of (f_i - f'_i) w_i, and eps - eps' where the error is kept.
-What comes before the first site is the model's own; so are the positions that carry no node.
+What comes before the first site is the model's own; so are the positions that carry no node. An attention head is kept
+or cut whole, with all its coordinates.
 
 Edge circuit: a set of kept edges between such nodes, the token embeddings and the behaviour
 1. Site after site in execution order. A node's input is the model's own computation from the sites that reach it
@@ -36,9 +37,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from circuits.edges import EMBEDDING_SITE, Plan, Sources, Targets
-from mediation.dictionaries import Dictionary
+from circuits.edges import EMBEDDING_SITE, REST, Plan, Sources, Targets
+from mediation.dictionaries import Coordinates, Dictionary
 from mediation.estimators.common import behaviour
+from mediation.heads import Heads
 from mediation.nodes import ENCODE_TOKENS, At, MeanState, Reference, SiteValue, changes, site_state, site_values
 from mediation.prompts import Baseline, Batch
 from mediation.sites import Site
@@ -89,14 +91,17 @@ class Nodes:
 class Cut:
     """A batch of B prompts of T tokens whose dictionary sites can be put together anew from kept parts.
 
-    dictionaries: S of them in execution order; references: what gives their baselines; sources: the clean state of
-    each site, after the embeddings where no dictionary is at them. places: long [B, T], index of each token's place.
+    dictionaries: S of them in execution order, for attention heads the coordinates they are made of; widths: for each,
+    how many of its latents are one node, 1 but for heads. references: what gives their baselines; sources: the clean
+    state of each site, after the embeddings where no dictionary is at them. places: long [B, T], index of each token's
+    place.
     """
 
     model: SubjectModel
     batch: Batch
     baseline: Baseline
     dictionaries: tuple[Dictionary, ...]
+    widths: tuple[int, ...]
     references: tuple[Reference, ...]
     sources: tuple[Sources, ...]
     places: Tensor
@@ -114,14 +119,22 @@ class Cut:
         mean_embedding: Tensor | None = None,
     ) -> Cut:
         """Both `means` (by dictionary) and `mean_embedding` [d] are needed for the mean baseline only."""
-        ordered = sorted(dictionaries, key=lambda each: each.site.depth)
+        given = sorted(dictionaries, key=lambda each: each.site.depth)
+        ordered = [_coordinates(each, model) if isinstance(each, Heads) else each for each in given]
+        if means is not None:
+            means = means | {
+                each.name: MeanState(means[heads.name].x, means[heads.name].x)
+                for heads, each in zip(given, ordered, strict=True)
+                if isinstance(heads, Heads)
+            }
         values = site_values(model, batch, ordered, baseline, means)
         pairs = list(zip(ordered, values, strict=True))
         sources = [Sources.of(site_state(value, other, batch, each, baseline)) for each, (value, other) in pairs]
         if all(each.site.canonical() != EMBEDDING_SITE for each in ordered):
             sources.insert(0, Sources.embeddings(model, batch, baseline, mean_embedding))
         references = tuple(other for _, other in values)
-        return cls(model, batch, baseline, tuple(ordered), references, tuple(sources), places)
+        widths = tuple(each.d_sae // old.d_sae for old, each in zip(given, ordered, strict=True))
+        return cls(model, batch, baseline, tuple(ordered), widths, references, tuple(sources), places)
 
     @property
     def first(self) -> int:
@@ -137,8 +150,9 @@ class Cut:
 def run_nodes(cut: Cut, kept: Sequence[Tensor], errors: Tensor) -> Tensor:
     """The behaviour [B] of the node circuit: of each site the kept latents, bool [places, d_sae], and error nodes.
 
-    errors: bool [S, places].
+    errors: bool [S, places]. Of attention heads, d_sae is their number.
     """
+    kept = [mask.repeat_interleave(width, dim=1) for mask, width in zip(kept, cut.widths, strict=True)]
     values: dict[Site, Tensor] = {}
     number = {each.site: index for index, each in enumerate(cut.dictionaries)}
     visited = {site for each in cut.dictionaries for site in (each.site, each.reads)}
@@ -175,11 +189,27 @@ def run_edges(cut: Cut, nodes: Nodes, kept: Tensor, errors: Tensor, *, chunk: in
     kept: bool [n + 1, n], whether the edge into node d (row; the last is the behaviour) from node u (column) is kept.
     errors: bool [S, places]. A forward holds `chunk` copies of prompts.
     """
+    nodes, kept = _widened(cut, nodes, kept)
     state = _Current(cut, nodes, errors)
     for index in range(len(cut.dictionaries)):
         here = ((nodes.site == index) & kept.any(dim=0)).nonzero()[:, 0]  # the others move nothing
         state.compute(index, here, kept[here], chunk)
     return state.behaviour(kept[-1], chunk)
+
+
+def _widened(cut: Cut, nodes: Nodes, kept: Tensor) -> tuple[Nodes, Tensor]:
+    """The same circuit with every attention head as its coordinates, which share its edges."""
+    widths = torch.tensor([*cut.widths, 1], device=nodes.site.device)[nodes.site]  # the last is the embeddings'
+    index = torch.repeat_interleave(widths)
+    first = widths.cumsum(0) - widths
+    offset = torch.arange(len(index), device=index.device) - first[index]
+    latent = torch.where(nodes.site[index] == EMBEDDING, REST, nodes.latent[index] * widths[index] + offset)
+    rows = torch.cat([index, index.new_tensor([len(nodes)])])
+    return Nodes(nodes.site[index], nodes.place[index], latent), kept[rows][:, index]
+
+
+def _coordinates(heads: Heads, model: SubjectModel) -> Coordinates:
+    return Coordinates(heads.site, model.width(heads.site), str(model.device))
 
 
 class _Current:
@@ -224,7 +254,10 @@ class _Current:
         """The behaviour [B], whose in-edges `wanted` [n] are kept."""
         plan = Plan.of(list(self.cut.sources), [Targets.behaviour(self.cut.batch)])
         sets, row, copy = self._sets(plan.reach[0], wanted[None])
-        found = [self._run(plan, sets[part], row[part])[0][:, 0, 0] for part in torch.arange(len(row)).split(chunk)]
+        found = [
+            self._run(plan, sets[part], row[part])[0][:, 0, 0]
+            for part in torch.arange(len(row), device=row.device).split(chunk)
+        ]
         return torch.cat(found)[copy[:, 0]]
 
     def _sets(self, reach: list[int], wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,8 @@ class Sources:
     """What can push at one site of a batch: B rows, T positions, d = d_model, n latents.
 
     row, position, latent: long [n], sorted by row and position. delta [n] = f - f'. decoder
-    [d_sae, d]. rest [B, T, d]: the vector that is no latent, eps - eps' or the embedding's change;
+    [d_sae, d]: what latents write along; of attention heads, of which every place has its own, [places * units, d], and
+    latent modulo units is the head. rest [B, T, d]: the vector that is no latent, eps - eps' or the embedding's change;
     `rest_kind` says which. x, base [B, T, d]: the site's clean value, and what it is with all its sources
     at their baseline. free [B, T]: where sources may be.
     """
@@ -101,14 +102,15 @@ class Sources:
     x: Tensor
     base: Tensor
     free: Tensor
+    units: int = 1
 
     @classmethod
     def of(cls, state: SiteState) -> Sources:
         """The active latents and the error nodes of a dictionary's site."""
         order = torch.argsort(state.row * state.x.shape[1] + state.position, stable=True)
-        latents = (state.row[order], state.position[order], state.latent[order], state.delta[order])
-        site, decoder = state.dictionary.site, state.dictionary.decoder
-        return cls(site, *latents, decoder, state.error, NodeKind.ERROR, state.x, state.baseline_x, state.free)
+        latents = (state.row[order], state.position[order], state.index[order], state.delta[order])
+        site, units, error = state.dictionary.site, state.dictionary.d_sae, state.error
+        return cls(site, *latents, state.decoder, error, NodeKind.ERROR, state.x, state.baseline_x, state.free, units)
 
     @classmethod
     def embeddings(cls, model: SubjectModel, batch: Batch, baseline: Baseline, mean: Tensor | None = None) -> Sources:
@@ -166,11 +168,10 @@ class Targets:
         """Pre-activations of the state's nodes `chosen` (long [k]); `gradient` is dm/dx [B, T, d] where they write."""
         row, position, latent = state.row[chosen], state.position[chosen], state.latent[chosen]
         dictionary = state.dictionary
-        gain = (gradient[row, position] * dictionary.decoder[latent]).sum(-1)
+        gain = (gradient[row, position] * state.decoder[state.index[chosen]]).sum(-1)
         where = zip(position.tolist(), latent.tolist(), strict=True)
         names = tuple(latent_id(dictionary.site.name, *each) for each in where)
-        vector = dictionary.rows(state.read[row, position], latent)
-        return cls(dictionary.reads, row, position, vector, gain, names)
+        return cls(dictionary.reads, row, position, state.readers(chosen), gain, names)
 
     @classmethod
     def directions(cls, site: Site, row: Tensor, position: Tensor, vector: Tensor, names: Sequence[str]) -> Targets:
@@ -252,14 +253,16 @@ class Edges:
         columns |= {"weight": self.weight, "contribution": self.contribution}
         frame = pl.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
         heads = np.array([_head(each) for each in self.sources], dtype=object)
+        units = np.array([each.units for each in self.sources])
         tail = (
             pl.when(pl.col("latent") != REST)
-            .then(pl.col("latent").cast(pl.String))
+            .then((pl.col("latent") % pl.col("units")).cast(pl.String))
             .when(pl.col("head") != "embed")
             .then(pl.lit("error"))
         )
         frame = frame.with_columns(
             head=pl.Series(heads[self.source.cpu().numpy()], dtype=pl.String),
+            units=pl.Series(units[self.source.cpu().numpy()]),
             target=pl.Series(np.array(self.names, dtype=object)[self.target.cpu().numpy()], dtype=pl.String),
         )
         source = pl.concat_str([pl.col("head"), pl.col("position"), tail], separator="/", ignore_nulls=True)

@@ -93,7 +93,7 @@ def basis(model: SubjectModel, dictionaries: Sequence[Dictionary]) -> list[Dicti
     return [
         Neurons(model, each.site.layer)
         if each.site.stream is Stream.MLP_OUT and separate
-        else Coordinates(each.site, model.d_model, str(model.device))
+        else Coordinates(each.site, model.width(each.site), str(model.device))
         for each in dictionaries
     ]
 
@@ -207,7 +207,8 @@ def _add(scores: EdgeScores, found: Edges, node: Tensor, tables: Sequence[Tensor
     source = torch.full_like(into, -1)
     for number, table in enumerate(tables):
         here = found.source == number
-        source[here] = table[at[here], found.latent[here]]
+        latent, units = found.latent[here], found.sources[number].units
+        source[here] = table[at[here], torch.where(latent == REST, REST, latent % units)]
     known = source >= 0
     scores.contribution.index_put_((into[known], source[known]), found.contribution[known], accumulate=True)
     scores.there[into[known], source[known]] = True

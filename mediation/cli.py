@@ -45,7 +45,9 @@ def demo(out: Out = None, as_json: Json = False) -> None:
 def trace(
     prompts: Annotated[Path, typer.Argument(help="JSONL rows {clean, corrupt?, answer, wrong_answer, roles?}.")],
     model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
-    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of SAE folders, or RELEASE:SAE_ID; repeat.")],
+    saes: Annotated[
+        list[str], typer.Option(help="SAE folder, folder of them, RELEASE:SAE_ID, heads or neurons[:LAYERS]; repeat.")
+    ],
     out: Out = None,
     baseline: Annotated[str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")] = "corrupt",
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",

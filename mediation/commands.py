@@ -28,10 +28,12 @@ from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.explanations import import_explanations
 from mediation.facts import FactSettings, find_hidden_facts
+from mediation.heads import Heads
 from mediation.labelling import label_readers, label_seconds
 from mediation.labels import load_labels, update_labels
 from mediation.metalatents import MetaDictionary
 from mediation.metasplit import meta_split
+from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, text_quality, with_published
@@ -49,6 +51,7 @@ from mediation.trace import (
 )
 
 Choice = TypeVar("Choice", bound=StrEnum)
+UNITS: dict[str, type[Heads] | type[Neurons]] = {"heads": Heads, "neurons": Neurons}  # nodes without a dictionary
 PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
 
 
@@ -63,18 +66,30 @@ class Source:
     allow_download: bool = False
 
 
-def load_dictionaries(source: Source, device: str) -> list[Dictionary]:
-    """Every dictionary that `--saes` names, in the order of their sites."""
+def load_dictionaries(source: Source, device: str, model: SubjectModel | None = None) -> list[Dictionary]:
+    """Every dictionary that `--saes` names, in the order of their sites; heads and neurons need their model."""
     found: list[Dictionary] = []
     for spec in source.saes:
         folder = Path(spec)
         release, _, sae_id = spec.partition(":")
+        if model is not None and release in UNITS and not folder.exists():
+            found.extend(UNITS[release](model, layer) for layer in _layers(sae_id, model))
+            continue
         if not folder.exists() and sae_id:
             found.append(Dictionary.load(release, sae_id, device=device, allow_download=source.allow_download))
             continue
         folders = sorted(cfg.parent for cfg in folder.glob("*/cfg.json")) or [folder]
         found.extend(Dictionary.load(each, device=device) for each in folders)
     return sorted(found, key=lambda dictionary: dictionary.site.depth)
+
+
+def _layers(given: str, model: SubjectModel) -> list[int]:
+    """The layers in "3,5", all of them in ""."""
+    layers = given.split(",") if given else [str(layer) for layer in range(model.n_layers)]
+    for layer in layers:
+        if not layer.isdecimal() or int(layer) >= model.n_layers:
+            raise MediationError(f"{model.name} has no layer '{layer}': its layers are 0 to {model.n_layers - 1}.")
+    return [int(layer) for layer in layers]
 
 
 def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
@@ -184,7 +199,7 @@ def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[st
     discovery, evaluation = PromptSet.from_jsonl(run.path / PROMPTS_FILE).split(0.5, settings.seed)
     discovery, evaluation = discovery[: chosen["prompts"]], evaluation[: chosen["prompts"]]
     model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
-    dictionaries = load_dictionaries(source, str(model.device))
+    dictionaries = load_dictionaries(source, str(model.device), model)
     with run.timed("proof"), report.bar("circuits", quiet) as tick:
         proof = prove(model, dictionaries, discovery, evaluation, traced, settings, progress=tick)
     table, summary = proof.table(seed=settings.seed), proof.summary(seed=settings.seed)
@@ -440,7 +455,7 @@ def _open(
     source: Source, prompts: PromptSet, settings: TraceSettings
 ) -> tuple[SubjectModel, list[Dictionary], Prepared]:
     model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
-    dictionaries = load_dictionaries(source, str(model.device))
+    dictionaries = load_dictionaries(source, str(model.device), model)
     return model, dictionaries, prepare(prompts, model, dictionaries, settings)
 
 

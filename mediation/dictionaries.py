@@ -96,6 +96,7 @@ class Autoencoder:
         self.d_model, self.d_sae = sae.cfg.d_in, sae.cfg.d_sae
         self.normalisation: str = sae.cfg.normalize_activations
         self.sae = sae.requires_grad_(False).eval()
+        sae.turn_off_forward_pass_hook_z_reshaping()  # values of attention heads come side by side here
         # The normalisation is done in `_normalise`, without state.
         sae.run_time_activation_norm_fn_in = lambda x: x
 
@@ -183,16 +184,17 @@ class Dictionary(Autoencoder):
 
     def check(self, model: SubjectModel) -> None:
         """Refuse (MediationError) a model of another width, too few layers, or another name."""
-        if self.d_model != model.d_model or self.decoder.shape[1] != model.d_model:
-            raise MediationError(
-                f"Dictionary '{self.name}' reads {self.d_model} dimensions but model '{model.name}' has "
-                f"{model.d_model}; use a dictionary trained on this model."
-            )
         if max(self.site.layer, self.reads.layer) >= model.n_layers:
             raise MediationError(
                 f"Dictionary '{self.name}' sits at layer {self.site.layer} but model '{model.name}' has "
                 f"{model.n_layers} layers, counted from 0; use a dictionary trained on this model."
             )
+        for site, width in ((self.reads, self.d_model), (self.site, self.decoder.shape[1])):
+            if width != model.width(site):
+                raise MediationError(
+                    f"Dictionary '{self.name}' has {width} dimensions at {site} but model '{model.name}' has "
+                    f"{model.width(site)}; use a dictionary trained on this model."
+                )
         if self.model_name and _plain_name(self.model_name) != _plain_name(model.name):
             raise MediationError(
                 f"Dictionary '{self.name}' was trained on '{self.model_name}', not on '{model.name}'; load "
@@ -392,10 +394,8 @@ def _refuse_unsupported(sae: SAE[Any], name: str) -> None:
             f"Dictionary '{name}' is of architecture '{architecture}'; use one of "
             f"{', '.join(ARCHITECTURES + TRAINING_ARCHITECTURES)}."
         )
-    if normalisation == "covariance_whitening" or sae.cfg.reshape_activations != "none":
-        raise MediationError(
-            f"Dictionary '{name}' reads whitened or per-head activations; use one that reads the stream."
-        )
+    if normalisation == "covariance_whitening":
+        raise MediationError(f"Dictionary '{name}' reads whitened activations; use one that reads the stream.")
     if is_transcoder(sae) and normalisation != "none":
         raise MediationError(f"Transcoder '{name}' normalises its input ({normalisation}); use one that does not.")
     if not all(bool(p.isfinite().all()) for p in sae.parameters()):

@@ -50,7 +50,7 @@ def effects(
     tie, nie = [], []
     for nodes in mediators:
         patch = torch.zeros_like(state.x)
-        rows = state.delta[nodes, None] * state.dictionary.decoder[state.latent[nodes]]
+        rows = state.delta[nodes, None] * state.decoder[state.index[nodes]]
         patch.index_put_((state.row[nodes], state.position[nodes]), rows, accumulate=True)
         tie.append(clean - behaviour(model, batch, {state.dictionary.site: patch.neg().add}))
         nie.append(_at_baseline(model, batch, state, baseline, patch) - off)

@@ -124,7 +124,7 @@ def save_labels(folder: str | Path, table: pl.DataFrame) -> None:
     partial = path.with_suffix(".tmp")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        table.write_parquet(partial)
+        table.write_parquet(partial, compression_level=19)  # labels are written once and shipped
         os.replace(partial, path)
     except OSError as error:
         raise MediationError(f"The labels in {path} cannot be written: {error.strerror}.") from error

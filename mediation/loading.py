@@ -26,7 +26,7 @@ class Architecture:
     """Module names of a family: its blocks, what each adds to the residual stream, and the last norm.
 
     activation, projection: the non-linearity in a block's MLP and the projection after it; gated: whether the
-    non-linearity multiplies a second branch.
+    non-linearity multiplies a second branch. heads: the projection after the attention's heads.
     """
 
     blocks: str
@@ -36,6 +36,7 @@ class Architecture:
     activation: str = "mlp.act_fn"
     projection: str = "mlp.down_proj"
     gated: bool = True
+    heads: str = "self_attn.o_proj"
 
 
 _LLAMA = Architecture("model.layers", "self_attn", "mlp")
@@ -52,9 +53,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(
         "model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out, "model.language_model.norm"
     ),
-    "gpt2": Architecture("transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", "mlp.c_proj", gated=False),
+    "gpt2": Architecture(
+        "transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", "mlp.c_proj", False, "attn.c_proj"
+    ),
     "gpt_neox": Architecture(
-        "gpt_neox.layers", "attention", "mlp", "gpt_neox.final_layer_norm", "mlp.act", "mlp.dense_4h_to_h", gated=False
+        "gpt_neox.layers",
+        "attention",
+        "mlp",
+        "gpt_neox.final_layer_norm",
+        "mlp.act",
+        "mlp.dense_4h_to_h",
+        False,
+        "attention.dense",
     ),
 }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mediation.dictionaries import Dictionary
+from mediation.heads import Heads
 from mediation.prompts import Baseline, Batch
 from mediation.sites import Site
 from mediation.subject import SubjectModel
@@ -33,7 +34,8 @@ class SiteState:
 
     `x`, `baseline_x` and `read` are [B, T, d], the last what the latents were read off: `x` itself but for a
     transcoder; `row`, `position`, `latent`, `clean`, `baseline` are [n]; `error` is [B, T, d], the error
-    node's difference; `free` is [B, T], True where nodes may be.
+    node's difference; `free` is [B, T], True where nodes may be. `directions` [B * T * heads, d] is for attention
+    heads alone, which write along another direction at every place (mediation.heads).
     """
 
     dictionary: Dictionary
@@ -47,6 +49,25 @@ class SiteState:
     baseline: Tensor
     error: Tensor
     free: Tensor
+    directions: Tensor | None = None
+
+    @property
+    def decoder(self) -> Tensor:
+        """What nodes write along: the dictionary's decoder rows, or `directions`; `index` says which is whose."""
+        return self.dictionary.decoder if self.directions is None else self.directions
+
+    @property
+    def index(self) -> Tensor:
+        """Each node's row of `decoder`, long [n]."""
+        if self.directions is None:
+            return self.latent
+        return (self.row * self.x.shape[1] + self.position) * self.dictionary.d_sae + self.latent
+
+    def readers(self, nodes: Tensor) -> Tensor:
+        """What nodes (long [k]) are read along when they are targets, [k, width]."""
+        if self.directions is not None:
+            return self.directions[self.index[nodes]]
+        return self.dictionary.rows(self.read[self.row[nodes], self.position[nodes]], self.latent[nodes])
 
     @property
     def delta(self) -> Tensor:
@@ -89,7 +110,7 @@ def free_positions(batch: Batch, baseline: Baseline) -> Tensor:
 def mean_state(model: SubjectModel, batches: list[Batch], dictionary: Dictionary) -> MeanState:
     """The mean baseline: over all real tokens but the first of every clean prompt."""
     site, reads = dictionary.site, dictionary.reads
-    total_x = torch.zeros(model.d_model, dtype=torch.float64, device=model.device)
+    total_x = torch.zeros(dictionary.decoder.shape[1], dtype=torch.float64, device=model.device)
     total_f = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=model.device)
     count = 0
     for batch in batches:
@@ -160,6 +181,8 @@ def site_state(
     """
     x = value.x
     free = free_positions(batch, baseline)
+    if isinstance(dictionary, Heads):
+        return _head_state(x, other, free, dictionary)
     where = free.nonzero()
     baseline_x = x.clone()
     pieces: list[tuple[Tensor, ...]] = []
@@ -179,6 +202,17 @@ def site_state(
         clean = off = torch.zeros(0, device=x.device)
     error = x - baseline_x - explained
     return SiteState(dictionary, x, value.read, baseline_x, row, position, latent, clean, off, error, free)
+
+
+def _head_state(x: Tensor, other: Reference, free: Tensor, heads: Heads) -> SiteState:
+    base = other.x if other is not None else torch.zeros_like(x)
+    baseline_x = torch.where(free.unsqueeze(-1), base, x)
+    directions = heads.directions((x - baseline_x).flatten(0, 1))
+    row, position, latent = directions.any(-1).view(*x.shape[:2], -1).nonzero(as_tuple=True)
+    along = directions[(row * x.shape[1] + position) * heads.d_sae + latent]
+    clean, off = ((value[row, position] * along).sum(-1) for value in (x, baseline_x))
+    error = torch.zeros_like(x)
+    return SiteState(heads, x, x, baseline_x, row, position, latent, clean, off, error, free, directions)
 
 
 def site_values(

@@ -4,7 +4,7 @@ A site has three spellings, and `Site.parse` reads them all:
 
 * SAELens / TransformerLens: ``blocks.8.hook_resid_pre``, ``blocks.8.hook_mlp_out``; ``blocks.8.mlp.hook_in``
   is what the MLP is given (in TransformerLens ``hook_mlp_in`` lies before the norm and ``ln2.hook_normalized``
-  before its gain: other values, which are refused);
+  before its gain: other values, which are refused); ``blocks.8.attn.hook_z`` is what the heads hand on;
 * Hugging Face module paths: ``model.layers.8`` (what the block returns, resid_post),
   ``model.layers.8.self_attn`` (attn_out), ``transformer.h.8.mlp`` (mlp_out);
 * the same with nnsight's ``.input`` or ``.output``: ``model.layers.8.input`` is resid_pre, ``...mlp.input`` mlp_in.
@@ -24,13 +24,16 @@ class Stream(StrEnum):
 
     RESID_PRE = "resid_pre"
     RESID_POST = "resid_post"
+    ATTN_Z = "attn_z"
     ATTN_OUT = "attn_out"
     MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
 
 
-_STEP = {Stream.RESID_PRE: 0, Stream.ATTN_OUT: 1, Stream.MLP_IN: 2, Stream.MLP_OUT: 3, Stream.RESID_POST: 4}
-_HOOKS = {stream: f"hook_{stream}" for stream in Stream} | {Stream.MLP_IN: "mlp.hook_in"}
+_ORDER = (Stream.RESID_PRE, Stream.ATTN_Z, Stream.ATTN_OUT, Stream.MLP_IN, Stream.MLP_OUT, Stream.RESID_POST)
+_STEP = {stream: step for step, stream in enumerate(_ORDER)}
+_HOOKS = {stream: f"hook_{stream}" for stream in Stream}
+_HOOKS |= {Stream.MLP_IN: "mlp.hook_in", Stream.ATTN_Z: "attn.hook_z"}
 _STREAMS = {hook: stream for stream, hook in _HOOKS.items()}
 _SAELENS = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _STREAMS))})")
 _BEFORE_MLP = re.compile(r"blocks\.\d+\.(?:hook_mlp_in|ln2\.hook_normalized)")
@@ -43,7 +46,8 @@ class Site:
 
     ``attn_out`` and ``mlp_out`` are what is *added* to the residual stream: after the post-norm where
     the architecture has one (Gemma 2 and 3). ``mlp_in`` is what the MLP is given: the residual stream after
-    the norm before it, gain and all.
+    the norm before it, gain and all. ``attn_z`` is what the attention's heads hand to its last projection,
+    side by side.
     """
 
     layer: int
@@ -57,7 +61,7 @@ class Site:
     @property
     def depth(self) -> int:
         """Topological order: the same for resid_post of a layer and resid_pre of the next, one vector."""
-        return 4 * self.layer + _STEP[self.stream]
+        return _STEP[Stream.RESID_POST] * self.layer + _STEP[self.stream]
 
     def canonical(self) -> Site:
         """Itself, but resid_post of layer l becomes resid_pre of layer l + 1, which holds the same vector."""

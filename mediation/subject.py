@@ -75,6 +75,7 @@ class SubjectModel:
         ends = {
             Stream.RESID_PRE: ".input",
             Stream.RESID_POST: "",
+            Stream.ATTN_Z: f".{names.heads}.input",
             Stream.ATTN_OUT: f".{names.attn_out}",
             Stream.MLP_IN: ".mlp.input",
             Stream.MLP_OUT: f".{names.mlp_out}",
@@ -223,6 +224,13 @@ class SubjectModel:
             raise MediationError(f"{self.name} has no stream at {name!r}: name it like {examples}.")
         return own[path]
 
+    def width(self, site: Site) -> int:
+        """Numbers in the site's value at one position: d_model, and for the heads' values heads * d_head."""
+        if site.stream is not Stream.ATTN_Z:
+            return self.d_model
+        weight = self.module.get_submodule(self._paths[site].removesuffix(".input")).weight
+        return weight.numel() // self.d_model
+
     # Forward
 
     def forward(
@@ -297,7 +305,7 @@ class SubjectModel:
         Returns what arrived at the site and what the model goes on with.
         """
         hook = self._hooks[site]
-        at_input = site.stream in (Stream.RESID_PRE, Stream.MLP_IN)
+        at_input = self._paths[site].endswith(".input")
         given = hook.input if at_input else hook.output
         raw = given[0] if isinstance(given, tuple) else given
         arrived = value = raw.float()

@@ -45,6 +45,7 @@ def random_dictionary(
     d_sae: int = 48,
     seed: int = 0,
     reads: str | None = None,
+    reshape: str = "none",
 ) -> Dictionary:
     """A random dictionary saved by SAELens and loaded back; decoder rows of various norms, about half on.
 
@@ -52,7 +53,7 @@ def random_dictionary(
     """
     generator = torch.Generator().manual_seed(seed)
     metadata = SAEMetadata(hook_name=reads, hook_name_out=hook) if reads else SAEMetadata(hook_name=hook)
-    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "metadata": metadata}
+    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "metadata": metadata, "reshape_activations": reshape}
     sae: Any
     if reads and architecture == "jumprelu":
         sae = JumpReLUTranscoder(JumpReLUTranscoderConfig(**common, d_out=d_in, apply_b_dec_to_input=False))

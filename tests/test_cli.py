@@ -56,6 +56,20 @@ def test_help_answers_in_under_a_second() -> None:
         assert name in result.stdout
 
 
+def test_heads_and_neurons_are_traced_without_a_dictionary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    units = ("--saes", "heads", "--saes", "neurons:1")
+    prompts = write(tmp_path, ROWS[:8])
+    main(["trace", prompts, "--model", MODEL, *units, "--steps", "4", "--out", str(tmp_path / "run"), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert {"blocks.0.attn.hook_z", "blocks.1.hook_mlp_out"} < result["conservation_gap"].keys()
+    # Nothing is left over: the two kinds of units are exact.
+    assert max(result["error_share"].values()) < 1e-5
+    assert min(each["variance_explained"] for each in result["fidelity"].values()) > 0.9999
+    message = refused(capsys, "trace", prompts, "--model", MODEL, "--saes", "heads:1,9", "--out", str(tmp_path / "no"))
+    assert "has no layer '9': its layers are 0 to 2" in message
+    assert not (tmp_path / "no").exists()
+
+
 class TestBadInput:
     """One sentence, exit code 2, nothing half written."""
 

@@ -1,4 +1,4 @@
-"""`mediation prove` as a user meets it: a run's circuits, stored with the run, shown as tables, refused in a sentence."""
+"""`mediation prove` as a user meets it: circuits stored with the run, shown as tables, refused in a sentence."""
 
 from __future__ import annotations
 

@@ -68,10 +68,9 @@ def behaviour_gradient(
 
 def contract(state: SiteState, gradient: Tensor) -> NodeScores:
     """A_i = (f_i - f'_i) g.w_i for every node and (eps - eps').g for every error node."""
-    decoder, delta = state.dictionary.decoder, state.delta
+    decoder, index, delta = state.decoder, state.index, state.delta
     pieces = [
-        delta[part]
-        * torch.einsum("nd,nd->n", gradient[state.row[part], state.position[part]], decoder[state.latent[part]])
+        delta[part] * torch.einsum("nd,nd->n", gradient[state.row[part], state.position[part]], decoder[index[part]])
         for part in torch.arange(len(delta), device=delta.device).split(GATHER_NODES)
     ]
     latents = torch.cat(pieces) if pieces else delta

@@ -47,7 +47,7 @@ def _patch(state: SiteState, part: Tensor, error_row: Tensor, error_position: Te
     errors = part[part >= n] - n
     return torch.cat(
         [
-            state.delta[latents].unsqueeze(1) * state.dictionary.decoder[state.latent[latents]],
+            state.delta[latents].unsqueeze(1) * state.decoder[state.index[latents]],
             state.error[error_row[errors], error_position[errors]],
         ]
     )

@@ -3,7 +3,7 @@
 1. Cut texts into windows of equal length, so that nothing is padded.
 2. Run the model up to the last site wanted, not further, and keep every position but the first: the first
    token of a sequence is an attention sink whose norm is many times that of all others. Later sinks, at any of
-   the sites, go too.
+   the sites, go too, and every BOS that stands for the beginning of a text.
 3. Hand out shuffled batches, epoch after epoch.
 """
 
@@ -80,6 +80,8 @@ def collect_activations(
         for site in sites:
             plain &= ~attention_sinks(values[site], torch.ones_like(plain).to(model.device)).cpu()
         plain[:, 0] = False
+        if model.prepend_bos:  # texts joined in one window each begin with it
+            plain &= batch != model.bos_id
         plain &= plain.flatten().cumsum(0).view_as(plain) <= n_tokens - done
         end = done + int(plain.sum())
         tokens[done:end] = batch[plain]

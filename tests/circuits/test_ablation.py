@@ -17,6 +17,7 @@ from circuits.edges import EMBEDDING_SITE, REST, Targets, edges
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.estimators.common import behaviour
 from mediation.frozen import Frozen
+from mediation.heads import Heads
 from mediation.nodes import MeanState, mean_state, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.sites import Site
@@ -303,6 +304,33 @@ def test_a_single_path_in_a_linear_model_has_the_product_of_its_edges(model: Sub
                     holed[missing + 1] = False
                     assert float(run_edges(cut, nodes, holed, none, chunk=1) - empty) == pytest.approx(0, abs=1e-5)
     assert max(carried) > 1e-3
+
+
+@pytest.mark.parametrize("baseline", list(Baseline))
+def test_heads_are_kept_and_cut_whole(model: SubjectModel, dictionaries: list[Dictionary], baseline: Baseline) -> None:
+    """A circuit without one head at one place is the model with that segment of z at its baseline there."""
+    cut = cut_of(model, [Heads(model, 1), dictionaries[4]], baseline)
+    n_heads = 4
+    masks = [torch.ones(PLACES, n_heads, dtype=torch.bool), torch.ones(PLACES, D_SAE, dtype=torch.bool)]
+    errors = error_nodes(Errors.KEPT, masks)
+    assert torch.allclose(run_nodes(cut, masks, errors), behaviour(model, cut.batch), atol=2e-4)
+    masks[0][1, 2] = False
+    z = cut.sources[cut.first]
+    segment = torch.zeros(z.x.shape[-1], dtype=torch.bool)
+    segment[2 * len(segment) // n_heads : 3 * len(segment) // n_heads] = True
+    there = (cut.places == 1)[..., None] & segment & z.free[..., None]
+    expected = behaviour(model, cut.batch, {z.site: lambda x: torch.where(there, z.base, x)})
+    assert (expected - behaviour(model, cut.batch)).abs().max() > 1e-3
+    assert torch.allclose(run_nodes(cut, masks, errors), expected, atol=2e-4)
+    site, place, latent = torch.meshgrid(torch.arange(2), torch.arange(PLACES), torch.arange(D_SAE), indexing="ij")
+    latents = Nodes(site.flatten(), place.flatten(), latent.flatten())
+    latents = latents.take((latents.site == 1) | (latents.latent < n_heads))
+    embedded = Nodes(torch.full((PLACES,), EMBEDDING), torch.arange(PLACES), torch.full((PLACES,), REST))
+    both = (embedded, latents)
+    nodes = Nodes(*(torch.cat([getattr(each, name) for each in both]) for name in ("site", "place", "latent")))
+    kept = torch.ones(len(nodes) + 1, len(nodes), dtype=torch.bool)
+    kept[:, (nodes.site == 0) & (nodes.place == 1) & (nodes.latent == 2)] = False
+    assert torch.allclose(run_edges(cut, nodes, kept, errors), expected, atol=2e-4)
 
 
 def test_error_policies() -> None:

@@ -13,6 +13,7 @@ from circuits.proof import Kind, Proof, ProofSettings, prove
 from mediation.commands import Source, load_dictionaries
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour
+from mediation.heads import Heads
 from mediation.organisms.compiled import Truth, compile_circuit
 from mediation.prompts import Baseline, PromptSet, collate, tokenize
 from mediation.subject import SubjectModel
@@ -102,6 +103,7 @@ def test_every_baseline_and_policy_on_a_tiny_model(tmp_path: Path, baseline: Bas
     model = tiny(tmp_path / "model")
     sites = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out")
     dictionaries = [random_dictionary(tmp_path / s, s, d_sae=6, seed=i) for i, s in enumerate(sites)]
+    dictionaries.append(Heads(model, 2))
     discovery, evaluation = PromptSet.from_rows(ROWS).split(0.5)
     traced = TraceSettings(steps=2, top=3, baseline=baseline)
     done = []

@@ -339,7 +339,8 @@ def test_a_contradicting_site_is_refused(tmp_path: Path) -> None:
 
 
 def model(**overrides: Any) -> Any:
-    return SimpleNamespace(**{"name": "openai-community/gpt2", "d_model": D_MODEL, "n_layers": 2} | overrides)
+    known = {"name": "openai-community/gpt2", "d_model": D_MODEL, "n_layers": 2} | overrides
+    return SimpleNamespace(**known, width=lambda _: known["d_model"])
 
 
 @pytest.mark.parametrize(

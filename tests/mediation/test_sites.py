@@ -47,7 +47,7 @@ def test_parses_every_spelling(name: str, site: Site) -> None:
     [
         "",
         "blocks.8.hook_resid_mid",
-        "blocks.8.attn.hook_z",
+        "blocks.8.attn.hook_q",
         "blocks.-1.hook_resid_pre",
         "blocks.8.hook_resid_pre ",
         "model.layers.8.self_attn.o_proj",

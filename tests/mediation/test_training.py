@@ -325,6 +325,15 @@ def test_attention_sinks_are_left_out(tmp_path: Path) -> None:
     assert found.tokens.tolist() == [6, 7, 9, 10] * 4
 
 
+def test_bos_is_left_out_where_texts_begin_with_it(tmp_path: Path) -> None:
+    model = tiny(tmp_path)
+    model.bos_id = 8
+    tokens = [[5, 6, 7, 8, 9, 10]] * 4
+    for prepended, seen in ((False, [6, 7, 8, 9, 10]), (True, [6, 7, 9, 10])):
+        model.prepend_bos = prepended
+        assert collect_activations(model, tokens, [SITE], n_tokens=100).tokens.tolist() == seen * 4
+
+
 # Text -----------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,9 @@
   3. Weights are written as 8-bit floats: six such dictionaries at 16 bits are 113 MB, at 8 bits 57. One factor a
      dictionary makes encoder and decoder alike in size first, so that both fit the format. From here on everything
      is measured on the files as they are shipped.
-  4. A meta-dictionary on the rows of each, and labels for latents and meta-latents.
+  4. A meta-dictionary on the rows of each, of a sixteenth as many meta-latents as there are rows and 4 codes a row
+     (the published recipe has a twentieth), in 8 bits too; and labels for latents and meta-latents, with the strongest
+     context of each. `mediation label` and `mediation train meta` make larger ones.
   5. Fidelity of every site on held-out text and on held-out facts, into `figures.json`.
 
     python examples/packs/smollm2/make.py --text FILE [FILE ...] --facts LRE_FOLDER PARAREL_FOLDER --work DIR --out DIR
@@ -27,6 +29,7 @@ from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 
+import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,6 +52,7 @@ SITES = [Site.parse(f"blocks.{layer}.hook_resid_pre") for layer in (3, 8, 12, 16
 D_SAE, K, TOKENS, BATCH, WINDOW, SEED = 8192, 48, 10_000_000, 2048, 128, 0
 SHARES = {"text": 0.68, "facts": 0.18, "chat": 0.12, "samples": 0.02}
 HELD_OUT_SHARE = 0.02
+META_WIDTH, META_K = D_SAE // 16, 4
 FIDELITY_WINDOWS, LABEL_TOKENS = 256, 500_000
 SAMPLED = 64  # texts sampled from the model at a time
 
@@ -66,9 +70,11 @@ def main() -> None:
     model = SubjectModel.load(chosen.work / MODEL)
     for site in SITES:
         shrink(saes / site.name, chosen.out / site.name)
-        meta = chosen.out / "meta" / site.name
+        meta = chosen.work / "meta" / site.name
         if not meta.exists():
-            print(f"meta-dictionary of {site}: {train_meta([chosen.out / site.name], meta)}", flush=True)
+            trained = train_meta([chosen.out / site.name], meta, width=META_WIDTH, k=META_K)
+            print(f"meta-dictionary of {site}: {trained}", flush=True)
+        shrink(meta, chosen.out / "meta" / site.name)
     label(model, chosen.text, chosen.out)
     figures = {site.name: fidelity(model, Dictionary.load(chosen.out / site.name), unseen) for site in SITES}
     (chosen.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -115,9 +121,14 @@ def label(model: SubjectModel, texts: list[Path], pack: Path) -> None:
     ]
     found = label_readers(model, readers, texts, n_tokens=LABEL_TOKENS)
     for site, (latents, metas) in zip(SITES, found, strict=True):
-        save_labels(pack / site.name, latents)
+        save_labels(pack / site.name, few(latents))
         if metas is not None:
-            save_labels(pack / "meta" / site.name, metas)
+            save_labels(pack / "meta" / site.name, few(metas))
+
+
+def few(labels: pl.DataFrame) -> pl.DataFrame:
+    """What there is room for: names, scores, densities, promoted tokens, one context."""
+    return labels.drop("histogram", "logits_down").with_columns(pl.col("contexts").list.head(1))
 
 
 def fidelity(model: SubjectModel, dictionary: Dictionary, unseen: dict[str, Tensor]) -> dict[str, dict[str, float]]:
