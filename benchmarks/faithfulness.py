@@ -108,7 +108,7 @@ def _known(
     total = {name: 0.0 for name in ("whole", "at the name", "elsewhere", "decisive attribute", "other attributes")}
     for batch, places in zip(half.prepared.batches, half.places, strict=True):
         cut = Cut.of(model, batch, dictionaries, Baseline.CORRUPT, places)
-        every = [torch.ones(len(names), each.d_sae, dtype=torch.bool) for each in cut.dictionaries]
+        every = [torch.ones(len(names), latents, dtype=torch.bool) for latents in cut.latents]
         at_name = torch.zeros(len(names), dtype=torch.bool)
         at_name[names["person"]] = True
         errors = torch.ones(len(cut.dictionaries), len(names), dtype=torch.bool)
@@ -295,7 +295,7 @@ def _verdict(kind: str, figures: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["compiled", "organism", "agreement", "capitals"])
+    parser.add_argument("parts", nargs="*", help="compiled, organism, agreement, capitals; none: only the document")
     parser.add_argument("--results", type=Path, required=True, help="JSON file that the parts are added to")
     parser.add_argument("--docs", type=Path, help="document to write from all results")
     parser.add_argument("--data", type=Path, help="folder of agreement pairs, or JSONL of capitals")
@@ -320,6 +320,8 @@ def main() -> None:
             results[part] = compiled(chosen.seeds)
         elif part == "organism":
             results["The trained organism"] = organism(chosen)
+        elif part not in ("agreement", "capitals"):
+            parser.error(f"there is no part {part}")
         else:
             if not chosen.saes or not chosen.data:
                 parser.error(f"{part} needs --data and --saes")

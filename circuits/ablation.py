@@ -141,6 +141,11 @@ class Cut:
         """Where in the sources the dictionaries' begin: 1 after embeddings, else 0."""
         return len(self.sources) - len(self.dictionaries)
 
+    @property
+    def latents(self) -> list[int]:
+        """How many nodes each site has at a place: latents, or attention heads."""
+        return [each.d_sae // width for each, width in zip(self.dictionaries, self.widths, strict=True)]
+
     def reference(self, site: int, at: At) -> Reference:
         """What gives the baseline at n (row, position)."""
         other = self.references[site]

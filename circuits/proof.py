@@ -284,7 +284,7 @@ def _curve(
     tick: Callable[[], None],
 ) -> Curve:
     """Steps 2 and 3 for one ranking."""
-    widths = [each.d_sae for each in cuts[0].dictionaries]
+    widths = cuts[0].latents
     measured = np.zeros((2, len(steps), n_prompts))
     for order in ranking.orders:
         for index, size in enumerate(steps):
