@@ -222,10 +222,10 @@ def _compiled_part(found: dict[str, Any]) -> str:
     seeds = found["seeds"]
     lines = [
         "## Where the circuit is known\n",
-        "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change more",
-        "than the circuit. Of the first nodes or edges, as many as are true, the share that is true, which is precision",
-        f"and recall; mean over seeds 0 to {seeds - 1}. An *or* gate is min(a + b, 1): where both inputs are on, the",
-        "gradient at the clean prompt, which edges are made of, is zero.\n",
+        "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change",
+        "more than the circuit. Of the first nodes or edges, as many as are true, the share that is true, which is",
+        f"precision and recall; mean over seeds 0 to {seeds - 1}. An *or* gate is min(a + b, 1): where both inputs are",
+        "on, the gradient at the clean prompt, which edges are made of, is zero.\n",
     ]
     for kind in Kind:
         names = list(found["sum"][kind.value])

@@ -1,38 +1,45 @@
 """The attribution graph of a run: top latents, what feeds them, and the behaviour, over a prompt set.
 
 Algorithm
-1. Take the strongest (role, latent) of each site of the run, from the node tables.
+1. Take the strongest (role, latent) of each site of the run, as the discovery prompts have them.
 2. On every prompt, each of their nodes is a target, and so is the behaviour: their in-edges come from all
    the sites, and the token embeddings, that reach them directly (circuits.edges). A sample of the edges is
-   patched exactly (circuits.calibration). One shard of edges per batch, so that a killed run resumes.
-3. Positions become roles, so that prompts of different wording can be added up; an edge's weight and
-   contribution are means over all prompts, counting zero where it is absent.
-4. Keep edges between kept nodes, error nodes, embeddings and the behaviour.
+   patched exactly (circuits.calibration). One shard of edges per batch, so that a killed run resumes. It names
+   nodes by position; of each target it holds the KEEP strongest in-edges, and of the behaviour also those from
+   the graph's nodes (circuits.prompt_graph reads them).
+3. Positions become roles, so that prompts of different wording make one graph, with means over the set and, from
+   the evaluation prompts, frequencies, intervals and tiers (circuits.consensus).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import ceil
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from circuits.calibration import calibrate_edges
+from circuits.calibration import calibrate_edges, kept_sample, missed_important
+from circuits.consensus import consensus_tables
 from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
-from circuits.graph import TARGET, AttributionGraph, NodeKind
+from circuits.graph import AttributionGraph
+from circuits.prompt_graph import ENDS, known_source, node_ids, with_roles
 from mediation.dictionaries import Dictionary
 from mediation.estimators.common import behaviour_gradient
 from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
-from mediation.prompts import Baseline, Batch
+from mediation.prompts import Baseline, Batch, Half
 from mediation.runs import Run
 from mediation.statistics import agreement
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings, role_of, set_effect, top_latents, trust
+from mediation.trace import Prepared, TraceSettings, prompt_ids, role_of, set_effect, top_latents, trust
 
 KEEP = 200  # strongest in-edges kept of each target of each prompt
+KEPT_PART = 4  # one of the graph's own nodes is patched exactly for so many of all nodes
+CALIBRATION = ("estimator_vs_exact", "edges_vs_exact", "important_missed")
+TOKENS = {"prompt": pl.String, "position": pl.Int64, "role": pl.String, "token": pl.Int64}
 
 
 def build_graph(
@@ -44,32 +51,59 @@ def build_graph(
     *,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> AttributionGraph:
-    """Steps 1 to 4. Writes edges/, edge_calibration/ and graph.json into the run."""
+    """Steps 1 to 3. Writes graph_nodes, tokens/, edges/, edge_calibration/ and graph.json into the run."""
     ordered = sorted(dictionaries, key=lambda dictionary: dictionary.site.depth)
     nodes = graph_nodes(run, ordered, settings, model)
+    run.write_table("graph_nodes", nodes.select("id", "kind", "site", "role", "latent", "name", "label"))
     with run.timed("edges"):
         for number, batch in enumerate(prepared.batches):
             if not run.has_shard("edges", name := f"{number:05d}"):
-                found, measured = _batch_edges(model, ordered, batch, prepared, nodes, settings)
+                run.write_shard("tokens", name, token_table(batch, prepared, model))
+                found, measured, effects = _batch_edges(model, ordered, batch, prepared, nodes, settings)
                 run.write_shard("edge_calibration", name, measured)
+                run.write_shard("kept_calibration", name, effects)
                 run.write_shard("edges", name, found)
             progress(number + 1, len(prepared.batches))
-    sample = run.read("edge_calibration")
-    agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
-    run.record(trust={"edges_vs_exact": asdict(agreed)})
-    effect = set_effect(run, seed=settings.seed)
-    order = run.read("nodes").group_by("role").agg(pl.col("position").mean()).sort("position")
+    run.record(trust=calibration(run, nodes))
+    effect, figures, held_out = set_effect(run, seed=settings.seed), trust(run), prompt_ids(run, Half.EVALUATION)
+    order = run.read("nodes").group_by("role").agg(pl.col("position").mean()).sort("position", "role")
     meta = {
         "behaviour": settings.behaviour.value,
         "total_effect": effect["mean"],
         "prompts": effect["prompts"],
+        "held_out_prompts": len(held_out) if len(held_out) < effect["prompts"] else 0,
         "positions": order["role"].to_list(),
-        "error_share": trust(run)["error_share"],
+        "error_share": figures["error_share"],
+        "calibration": {name: run.info["trust"][name] for name in CALIBRATION},
+        "warnings": figures["warnings"],
     }
-    graph = AttributionGraph.from_tables(*_tables(nodes, run.read("edges"), len(prepared.prompts)), meta=meta)
+    tables = consensus_tables(run, nodes.drop("low", "high"), estimator=settings.estimator.value, seed=settings.seed)
+    graph = AttributionGraph.from_tables(*tables, meta=meta)
     graph = graph.prune(len(nodes))
     run.write_text("graph.json", graph.to_json())
     return graph
+
+
+def calibration(run: Run, nodes: pl.DataFrame) -> dict[str, object]:
+    """How the edges agree with those patched exactly, and how much the graph of `nodes` can have missed."""
+    sample = run.read("edge_calibration")
+    agreed = agreement(sample["weight"].to_numpy(), sample["exact_effect"].to_numpy())
+    held_out = pl.col("prompt").is_in(prompt_ids(run, Half.EVALUATION))
+    sampled, everything = (run.read(kind).filter(held_out) for kind in ("calibration", "nodes"))
+    missed = missed_important(sampled, run.read("kept_calibration")["exact_effect"], everything, nodes)
+    return {"edges_vs_exact": asdict(agreed), "important_missed": asdict(missed)}
+
+
+def token_table(batch: Batch, prepared: Prepared, model: SubjectModel) -> pl.DataFrame:
+    """Role, token and its text at every position of the batch's prompts."""
+    rows = [
+        (prepared.prompts[example.prompt].id, position, role_of(example, position), token)
+        for example in batch.examples
+        for position, token in enumerate(example.clean)
+    ]
+    table = pl.DataFrame(rows, schema=TOKENS, orient="row").unique(maintain_order=True)
+    texts = [str(t) if model.tokenizer is None else model.tokenizer.decode([t]) for t in table["token"]]
+    return table.with_columns(text=pl.Series(texts, dtype=pl.String))
 
 
 def graph_nodes(
@@ -80,28 +114,34 @@ def graph_nodes(
 ) -> pl.DataFrame:
     """Step 1: the graph's latents and error nodes with their set-level attribution and interval.
 
-    A latent is called by its label (mediation.labels), or where it has none by the token it is most on at.
+    A latent is called by its label (mediation.labels; the column `name`), or where it has none by the token it is
+    most on at.
     """
-    nodes = top_latents(run, settings.top, by_site=True, estimator=settings.estimator, seed=settings.seed)
+    discovery = prompt_ids(run, Half.DISCOVERY)
+    nodes = top_latents(
+        run, settings.top, by_site=True, estimator=settings.estimator, seed=settings.seed, chosen_on=discovery
+    )
     nodes = nodes.filter(pl.col("site").is_in([dictionary.site.name for dictionary in dictionaries]))
 
     labels = {dictionary.site.name: load_labels(dictionary.folder) for dictionary in dictionaries}
 
-    def label(site: str, latent: int | None, token: int) -> str:
+    names = [labels[site].get(latent) for site, latent in nodes.select("site", "latent").iter_rows()]
+
+    def label(name: str | None, latent: int | None, token: int) -> str:
         if latent is None:
             return "error"
-        if latent in labels[site]:
-            return f"{latent} {labels[site][latent]}"
+        if name is not None:
+            return f"{latent} {name}"
         word = model.tokenizer.decode([token]).strip() if model.tokenizer is not None else str(token)
         return f"{latent} on '{word}'"
 
-    rows = nodes.select("site", "latent", "token").iter_rows()
-    ending = pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.col("latent").cast(pl.String))
+    called = map(label, names, nodes["latent"], nodes["token"])
     return nodes.with_columns(
-        id=pl.concat_str([pl.col("site"), pl.col("role"), ending], separator="/"),
+        id=node_ids("role"),
         kind=pl.when(pl.col("latent").is_null()).then(pl.lit("error")).otherwise(pl.lit("latent")),
         position=pl.col("role"),
-        label=pl.Series([label(*row) for row in rows], dtype=pl.String),
+        name=pl.Series(names, dtype=pl.String),
+        label=pl.Series(list(called), dtype=pl.String),
     )
 
 
@@ -112,23 +152,32 @@ def _batch_edges(
     prepared: Prepared,
     nodes: pl.DataFrame,
     settings: TraceSettings,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Step 2 for one batch: every in-edge of the chosen nodes, with positions as roles; a sample measured."""
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Step 2 for one batch: in-edges of the chosen nodes and of the behaviour, by prompt.
+
+    A sample of the edges is measured, and one of the chosen nodes on prompts that did not choose them.
+    """
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
     sources = [Sources.of(state) for state in states]
     if all(dictionary.site.canonical() != EMBEDDING_SITE for dictionary in dictionaries):
         sources.append(_embeddings(model, batch, prepared, settings.baseline))
-    targets = [
-        Targets.latents(state, gradient, _chosen(state, batch, nodes))
-        for state, gradient in zip(states, gradients, strict=True)
-    ]
+    chosen = [_chosen(state, batch, nodes) for state in states]
+    targets = [Targets.latents(*each) for each in zip(states, gradients, chosen, strict=True)]
     between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
     into = behaviour_edges(model, batch, sources, steps=settings.steps)
     blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
-    share = -(-settings.sample * len(batch) // sum(map(len, prepared.batches)))
-    measured = [_measured(model, batch, found, these, share, settings) for found, these in blocks]
-    return pl.concat([_by_role(found, batch, prepared) for found, _ in blocks]), pl.concat(measured)
+    wanted = ceil(settings.sample * prepared.share(batch))
+    measured = [_measured(model, batch, found, these, wanted, settings) for found, these in blocks]
+    tokens = token_table(batch, prepared, model)
+    links = [_by_prompt(between, batch, prepared), _strongest(_by_prompt(into, batch, prepared), tokens, nodes)]
+    choosing = [prepared.halves[prepared.prompts[each.prompt].id] is Half.DISCOVERY for each in batch.examples]
+    held_out = ~torch.tensor(choosing, device=batch.clean.device)
+    fresh = [each[held_out[state.row[each]]] for state, each in zip(states, chosen, strict=True)]
+    some = ceil(settings.sample * len(states) * prepared.share(batch) / KEPT_PART)
+    effects = kept_sample(model, batch, states, fresh, some, settings.estimators, seed=settings.seed)
+    kept = pl.DataFrame({"exact_effect": effects.double().cpu().numpy()})
+    return pl.concat(links), pl.concat(measured), kept
 
 
 def _measured(
@@ -164,45 +213,19 @@ def _chosen(state: SiteState, batch: Batch, nodes: pl.DataFrame) -> Tensor:
     return torch.tensor(chosen, dtype=torch.long, device=state.row.device)
 
 
-def _by_role(block: Edges, batch: Batch, prepared: Prepared) -> pl.DataFrame:
-    """Step 3 for one block: prompt, source, target, weight, contribution, summed over positions of a role."""
-    frame = block.table()
-    ids = pl.DataFrame(
-        [
-            {"row": row, "position": str(position), "role": role_of(example, position)}
-            for row, example in enumerate(batch.examples)
-            for position in range(len(example))
-        ]
-    )
-    for end in ("source", "target"):
-        parts = frame[end].str.split("/").list
-        at = parts.get(1, null_on_oob=True)
-        named = frame.select("row").with_columns(position=at).join(ids, on=["row", "position"], how="left")
-        head, tail = parts.get(0), parts.get(2, null_on_oob=True)
-        renamed = pl.concat_str([head, named["role"], tail], separator="/", ignore_nulls=True)
-        frame = frame.with_columns(pl.select(renamed).to_series().alias(end))
+def _by_prompt(block: Edges, batch: Batch, prepared: Prepared) -> pl.DataFrame:
+    """One block's edges under their prompts' ids: prompt, source, target, weight, contribution."""
     prompts = pl.Series("prompt", [prepared.prompts[example.prompt].id for example in batch.examples])
+    frame = block.table()
     return (
         frame.with_columns(prompt=prompts.gather(frame["row"]))
-        .group_by("prompt", "source", "target", maintain_order=True)
-        .agg(pl.col("weight", "contribution").sum())
-        .with_columns(pl.col("weight", "contribution").cast(pl.Float64))
+        .group_by("prompt", *ENDS, maintain_order=True)  # two sequences of one prompt may share the batch
+        .agg(pl.col("weight", "contribution").cast(pl.Float64).sum())
     )
 
 
-def _tables(nodes: pl.DataFrame, links: pl.DataFrame, n_prompts: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Steps 3 and 4: node and edge tables of the whole set."""
-    mean = links.group_by("source", "target", maintain_order=True).agg(
-        pl.col("weight", "contribution").sum() / n_prompts
-    )
-    roots = mean.filter(pl.col("source").str.starts_with("embed/"))["source"].unique(maintain_order=True)
-    embeddings = pl.DataFrame({"id": roots}).with_columns(
-        kind=pl.lit(NodeKind.EMBEDDING.value),
-        site=pl.lit("blocks.0.hook_resid_pre"),
-        position=pl.col("id").str.slice(len("embed/")),
-        label=pl.lit("token embedding"),
-    )
-    columns = ["id", "kind", "site", "position", "latent", "attribution", "low", "high", "label"]
-    table = pl.concat([nodes.select(columns), embeddings], how="diagonal")
-    known = [*table["id"], TARGET]
-    return table, mean.filter(pl.col("source").is_in(known) & pl.col("target").is_in(known))
+def _strongest(links: pl.DataFrame, tokens: pl.DataFrame, nodes: pl.DataFrame) -> pl.DataFrame:
+    """Of the behaviour's in-edges, the KEEP strongest of each prompt and all those from the graph's nodes."""
+    rank = links.select(pl.col("weight").abs().rank("ordinal", descending=True).over("prompt")).to_series()
+    known = with_roles(links, tokens).select(known_source(nodes)).to_series()
+    return links.filter((rank <= KEEP) | known)

@@ -21,7 +21,7 @@ import heapq
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,8 +34,9 @@ from mediation.errors import MediationError
 
 TARGET = "target"
 NODE_COLUMNS = ("id", "kind", "site", "position", "latent", "attribution", "low", "high", "label")
-OPTIONAL_NODE_COLUMNS = ("activation",)
+OPTIONAL_NODE_COLUMNS = ("activation", "influence", "held_out", "frequency", "tier")
 EDGE_COLUMNS = ("source", "target", "weight", "contribution")
+OPTIONAL_EDGE_COLUMNS = ("held_out", "low", "high", "frequency", "tier")
 
 
 class NodeKind(StrEnum):
@@ -45,6 +46,7 @@ class NodeKind(StrEnum):
     ERROR = "error"  # what the dictionary misses at a site and position
     EMBEDDING = "embedding"  # the token's embedding, at blocks.0.hook_resid_pre
     TARGET = "target"  # the behaviour
+    SUPERNODE = "supernode"  # several latents of one site and position, drawn as one (circuits.supernodes)
 
 
 def latent_id(site: str, position: int | str, latent: int) -> str:
@@ -82,8 +84,10 @@ class GraphPath:
 class AttributionGraph:
     """A directed acyclic graph of mediators.
 
-    `digraph`: nodes carry kind, site, position, latent, attribution, low, high, activation, label (None
-    where it does not apply); edges carry weight (E) and contribution (E * dm/df_d).
+    `digraph`: nodes carry kind, site, position, latent, attribution, low, high, activation, influence
+    (circuits.pruning), label (None where it does not apply); edges carry weight (E) and contribution (E * dm/df_d).
+    The graph of a set of prompts adds held_out, frequency and tier to nodes, and these and the interval low, high to
+    edges (circuits.consensus); there, an embedding's attribution is what its edges carry.
     `meta`: JSON values that describe the graph (behaviour, tokens, roles, total_effect, ...).
     """
 
@@ -106,8 +110,8 @@ class AttributionGraph:
     ) -> AttributionGraph:
         """Build a graph from the tables of a run.
 
-        nodes: columns id, kind, site, position, latent, attribution, low, high, label, and optionally
-        activation. edges: source, target, weight, contribution. A missing `target` row is added, with
+        nodes: NODE_COLUMNS, and any of OPTIONAL_NODE_COLUMNS. edges: EDGE_COLUMNS, and any of
+        OPTIONAL_EDGE_COLUMNS. A missing `target` row is added, with
         `meta["behaviour"]` as label and `meta["total_effect"]` as attribution. NaN becomes None.
         Raises MediationError for missing columns, repeated ids, unknown kinds or end points, cycles.
         """
@@ -128,11 +132,13 @@ class AttributionGraph:
         if TARGET not in digraph:
             label, total = meta.get("behaviour"), meta.get("total_effect")
             digraph.add_node(TARGET, **_node(kind=NodeKind.TARGET.value, label=label, attribution=total))
-        for source, target, weight, contribution in edges.select(EDGE_COLUMNS).iter_rows():
+        names = (*EDGE_COLUMNS, *(name for name in OPTIONAL_EDGE_COLUMNS if name in edges.columns))
+        for row in edges.select(names).iter_rows(named=True):
+            source, target = row.pop("source"), row.pop("target")
             for end in (source, target):
                 if end not in digraph:
                     raise MediationError(f"An edge names the node '{end}', which the table of nodes lacks.")
-            digraph.add_edge(source, target, weight=weight, contribution=contribution)
+            digraph.add_edge(source, target, **row)
         return cls(digraph, meta)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -149,6 +155,14 @@ class AttributionGraph:
         if attribution is None:
             attribution = sum(value for _, _, value in self.digraph.out_edges(node, data="contribution"))
         return abs(attribution)
+
+    def positions(self) -> list[int | str]:
+        """Positions of nodes from left to right: as `meta["positions"]` has them, then integers in order, or roles
+        as they appear."""
+        used = [data["position"] for _, data in self.digraph.nodes(data=True) if data["kind"] != NodeKind.TARGET]
+        given = [position for position in self.meta.get("positions") or () if position in set(used)]
+        rest = [position for position in dict.fromkeys(used) if position not in given]
+        return given + (sorted(rest) if all(isinstance(position, int) for position in rest) else rest)
 
     def error_share(self) -> dict[str, float]:
         """Per site, |attribution| on error nodes over |attribution| on all its nodes.
@@ -207,7 +221,7 @@ class AttributionGraph:
     # -- pruning -----------------------------------------------------------------------------------
 
     def prune(self, top: int) -> AttributionGraph:
-        """The graph of the `top` strongest latents and embeddings, all error nodes and the target.
+        """The graph of the `top` nodes of the largest |attribution|, all error nodes and the target.
 
         Nodes that no longer reach the target are dropped, so nothing dangles; error nodes are not
         counted in `top`, because what the dictionaries miss must stay visible. `meta["pruned"]` tells
@@ -215,17 +229,22 @@ class AttributionGraph:
         `meta["error_share"]` keeps what `error_share` said before.
         """
         chosen = {TARGET, *self.ranked([NodeKind.ERROR])}
-        chosen.update(self.ranked([NodeKind.LATENT, NodeKind.EMBEDDING])[:top])
+        chosen.update(self.ranked(set(NodeKind) - {NodeKind.ERROR})[:top])
         part = self.digraph.subgraph(chosen)
         kept = nx.ancestors(part, TARGET) | {TARGET}
         everything = sum(map(self.strength, self.ranked()))
         share = sum(map(self.strength, kept - {TARGET})) / everything if everything else 0.0
         pruned = {"kept": len(kept), "of": len(self.digraph), "share": share}
         meta = self.meta | {"pruned": pruned, "error_share": self.error_share()}
-        # a copy in the order of the original, so that exports do not depend on set order
+        return self.restricted(kept, self.digraph.subgraph(kept).edges, meta)
+
+    def restricted(
+        self, nodes: Container[str], edges: Container[tuple[str, str]], meta: Mapping[str, Any]
+    ) -> AttributionGraph:
+        """A copy with these nodes and edges only, in the order of the original, so that no set order shows."""
         digraph = nx.DiGraph()
-        digraph.add_nodes_from((name, dict(d)) for name, d in self.digraph.nodes(data=True) if name in kept)
-        digraph.add_edges_from((s, t, dict(d)) for s, t, d in self.digraph.edges(data=True) if s in kept and t in kept)
+        digraph.add_nodes_from((name, dict(data)) for name, data in self.digraph.nodes(data=True) if name in nodes)
+        digraph.add_edges_from((s, t, dict(data)) for s, t, data in self.digraph.edges(data=True) if (s, t) in edges)
         return AttributionGraph(digraph, meta)
 
     # -- disk --------------------------------------------------------------------------------------

@@ -74,10 +74,23 @@ def trace(
     _finish(commands.trace_command(source, chosen, out, quiet=as_json), as_json)
 
 
-@app.command(epilog="Examples: mediation inspect runs/capitals; mediation inspect --dictionary packs/layer-15")
+@app.command(
+    epilog="Examples: mediation inspect runs/capitals; mediation inspect runs/capitals --prompt france; "
+    "mediation inspect --dictionary packs/layer-15"
+)
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
+    prompt: Annotated[str | None, typer.Option(help="Id of one prompt of the run, for its own graph.")] = None,
+    nodes: Annotated[float, typer.Option(help="Share of the latents' influence that page and exports keep.")] = 0.8,
+    edges: Annotated[float, typer.Option(help="Share of the edges' influence that page and exports keep.")] = 0.98,
+    top: Annotated[int | None, typer.Option(help="At most so many latents in page and exports.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
+    ] = None,
+    export: Annotated[
+        list[str] | None, typer.Option(help="graphml, dot, parquet or neuronpedia; repeat. Default: graphml.")
+    ] = None,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
@@ -89,18 +102,39 @@ def inspect(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Which latents feed which, from a run: paths, a page (index.html), GraphML. Or a dictionary's quality."""
+    """Which latents feed which, from a run: paths, a page (index.html), exports. Or a dictionary's quality."""
     from mediation import commands
 
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
     if run is not None:
-        _finish(commands.inspect_command(run, paths, quiet=as_json), as_json)
+        if meta is not None and group != "meta":
+            raise MediationError("A meta-SAE is used to group a run's latents; give --group meta with --meta.")
+        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [])
+        _finish(commands.inspect_command(run, paths, prompt, view, quiet=as_json), as_json)
         return
+    if prompt is not None:
+        raise MediationError("A prompt belongs to a run; give the run's folder with --prompt.")
+    if top is not None or group or export:
+        raise MediationError("Pruning, groups and exports are of a run's graph; give a run's folder for them.")
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")
     source = commands.Source(model or "", (dictionary or "",), "", device, allow_download)
     _finish(commands.quality_command(source, text or [], tokens, spelling, meta, seed, quiet=as_json), as_json)
+
+
+@app.command(epilog="Example: mediation contrast runs/sycophantic runs/honest")
+def contrast(
+    first: Annotated[Path, typer.Argument(help="Run folder.")],
+    second: Annotated[Path, typer.Argument(help="Run folder whose means are taken away, of the same dictionaries.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for nodes.parquet and edges.parquet.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What two prompt sets, or two models, use differently: nodes and edges of one run minus those of another."""
+    from mediation import commands
+
+    _finish(commands.contrast_command(first, second, out, seed, quiet=as_json), as_json)
 
 
 @app.command(epilog="Example: mediation flag runs/capitals --meta packs/layer-15-meta")

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -15,9 +18,15 @@ import torch
 
 from circuits.ablation import Errors
 from circuits.build import build_graph
-from circuits.export import to_graphml
+from circuits.consensus import Tier
+from circuits.contrast import contrast
+from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
+from circuits.neuronpedia import Origin, probability
+from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.proof import Kind, ProofSettings, prove
+from circuits.pruning import Keep, prune
+from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
@@ -42,8 +51,10 @@ from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
     TraceSettings,
+    error_warnings,
     estimate,
     prepare,
+    prompt_table,
     seconds_per_token,
     set_effect,
     top_latents,
@@ -146,46 +157,92 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
     with report.bar("attribution", quiet) as tick:
         trace(model, dictionaries, prepared, run, settings, progress=tick)
     with report.bar("edges", quiet) as tick:
-        build_graph(model, dictionaries, prepared, run, settings, progress=tick)
-    result = _trace_result(run, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
+        graph = build_graph(model, dictionaries, prepared, run, settings, progress=tick)
+    result = _trace_result(run, graph, settings, {d.site.name: load_labels(d.folder) for d in dictionaries})
     if not quiet:
         report.trace(result, model)
     return result
 
 
-def _trace_result(run: Run, settings: TraceSettings, labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+def _trace_result(
+    run: Run, graph: AttributionGraph, settings: TraceSettings, labels: dict[str, dict[int, str]]
+) -> dict[str, Any]:
     info = run.info
     table = top_latents(run, settings.top, estimator=settings.estimator, seed=settings.seed)
+    nodes = table.select(node_ids("role").alias("id"))["id"]
     rows = table.drop("rank").to_dicts()
+    for row, name in zip(rows, nodes, strict=True):
+        row["label"] = labels[row["site"]].get(row["latent"])
+        row |= {key: graph.digraph.nodes.get(name, {}).get(key) for key in ("held_out", "frequency", "tier")}
     return {
         "run": str(run.path),
         "total_effect": set_effect(run, seed=settings.seed),
         **info["trust"],
         "fidelity": info["fidelity"],
-        "top_latents": [row | {"label": labels[row["site"]].get(row["latent"])} for row in rows],
+        "top_latents": rows,
         "effects": info["effects"],
         "seconds": sum(info["timings"].values()),
         "peak_memory_mb": info["peak_memory_mb"],
     }
 
 
-def inspect_command(path: Path, paths: int, *, quiet: bool) -> dict[str, Any]:
-    """`mediation inspect`: the graph as a tree of strongest paths, a page and GraphML."""
-    run = Run.open(path)
-    graph = AttributionGraph.load(run.path / "graph.json")
-    figures = _page_figures(run)
+@dataclass(frozen=True)
+class View:
+    """What `inspect` shows and writes of a run's graph; `meta` is for grouping by meta-latents."""
+
+    keep: Keep = field(default_factory=Keep)
+    group: Grouping | None = None
+    meta: Path | None = None
+    exports: tuple[Format, ...] = (Format.GRAPHML,)
+
+    @classmethod
+    def of(cls, keep: Keep, group: str | None, meta: Path | None, exports: list[str]) -> View:
+        """The view that the command line's words ask for."""
+        grouping = None if group is None else _choice(Grouping, group, "group")
+        chosen = tuple(_choice(Format, each, "export") for each in exports) or cls.exports
+        return cls(keep, grouping, meta, chosen)
+
+
+def inspect_command(
+    path: Path, paths: int, prompt: str | None = None, view: View | None = None, *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation inspect`: the graph of the set, or of one prompt: strongest paths, a page, exports."""
+    run, view = Run.open(path), view or View()
+    whole = AttributionGraph.load(run.path / "graph.json")
+    graph = whole if prompt is None else prompt_graph(run, prompt)
+    kept = prune(graph, view.keep)
+    groups = _supernodes(run, kept, view)
     flags = page_flags(run.read("flags")) if run.has("flags") else []
-    page = run.write_text("index.html", render(graph, title=run.path.name, figures=figures, flags=flags))
-    graphml = run.write_text("graph.graphml", to_graphml(graph))
-    found = graph.strongest_paths(paths)
+    if prompt is None:
+        name, html, title, figures = "graph", "index.html", run.path.name, _page_figures(run, whole)
+    else:
+        name, title, figures = f"prompt-{_file_stem(prompt)}", f"{run.path.name}: {prompt}", _prompt_figures(run, graph)
+        html, flags = f"{name}.html", [flag for flag in flags if flag["prompt"] == prompt]
+    page = run.write_text(
+        html, render(graph, title=title, figures=figures, flags=flags, keep=view.keep, supernodes=groups)
+    )
+    origin = _origin(run, prompt)
+    written = write_exports(run, kept, view.exports, origin=origin, supernodes=groups, name=name)
+    tiers = tier_counts(graph) if prompt is None else {}
+    warnings = error_warnings(graph.error_share())
     if not quiet:
         report.paths(graph, paths)
-        report.files(page, graphml)
+        report.kept(kept, groups)
+        if prompt is None:
+            report.recurrence(graph, tiers)
+        report.calibration(whole.meta["calibration"], warnings)
+        report.files(page, *written.values())
     return {
         "run": str(path),
-        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in found],
+        "prompt": prompt,
+        "paths": [{"nodes": list(each.nodes), "carried": each.carried} for each in graph.strongest_paths(paths)],
+        "kept": kept.meta["pruned"],
+        "groups": [asdict(group) for group in groups],
+        "tiers": tiers,
+        **whole.meta["calibration"],
+        "warnings": warnings,
         "page": str(page),
-        "graphml": str(graphml),
+        "files": {name: str(file) for name, file in written.items()},
     }
 
 
@@ -209,6 +266,65 @@ def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[st
     if not quiet:
         report.proof(table, summary)
     return {"run": str(path), **summary, "curves": table.fill_nan(None).to_dicts()}
+
+
+def _origin(run: Run, prompt: str | None) -> Origin:
+    """What the graph of the run, or of one of its prompts, is of."""
+    source, settings = _source_of(run)
+    model = Path(source.model).name
+    if prompt is None:
+        return Origin(model, probability(settings.behaviour, set_effect(run)["clean"]))
+    value = prompt_table(run).filter(pl.col("prompt") == prompt)["clean"][0]
+    (asked,) = (each for each in PromptSet.from_jsonl(run.path / PROMPTS_FILE) if each.id == prompt)
+    text = asked.clean if isinstance(asked.clean, str) else None  # of messages, the tokens
+    return Origin(model, probability(settings.behaviour, value), text, asked.answer)
+
+
+def _supernodes(run: Run, graph: AttributionGraph, view: View) -> list[Supernode]:
+    """Groups of the graph's latents as the view asks."""
+    if view.group is not Grouping.META:
+        return by_edges(graph) if view.group is Grouping.EDGES else []
+    dictionaries = load_dictionaries(_source_of(run)[0], "cpu")
+    if view.meta is not None:
+        meta = MetaDictionary.load(view.meta)
+        pairs = [(_base_dictionary(dictionaries, meta, view.meta), meta, view.meta)]
+    else:
+        beside = [(each, folder) for each in dictionaries if (folder := meta_beside(each)) is not None]
+        pairs = [(each, MetaDictionary.load(folder), folder) for each, folder in beside]
+    if not pairs:
+        raise MediationError("There is no meta-SAE beside the run's dictionaries; name one with --meta.")
+    return [group for each, meta, folder in pairs for group in by_meta(graph, each, meta, load_labels(folder))]
+
+
+def tier_counts(graph: AttributionGraph) -> dict[str, dict[str, int]]:
+    """How many nodes and edges of a set's graph are of each tier; empty where it has none."""
+    nodes, edges = graph.digraph.nodes(data="tier"), graph.digraph.edges(data="tier")
+    counted = {"nodes": Counter(tier for _, tier in nodes), "edges": Counter(tier for *_, tier in edges)}
+    return {kind: {tier: counts[tier] for tier in Tier if counts[tier]} for kind, counts in counted.items()}
+
+
+def _file_stem(prompt: str) -> str:
+    """A prompt's id as part of a file's name; ids that had to be changed keep apart by their hash."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", prompt)[:80]
+    return plain if plain == prompt else f"{plain}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def contrast_command(first: Path, second: Path, out: Path | None, seed: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation contrast`: nodes and edges of one run minus those of another."""
+    found = contrast(Run.open(first), Run.open(second), seed=seed)
+    result = {"first": str(first), "second": str(second), **found.summary()}
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, table in (("nodes", found.nodes), ("edges", found.edges)):
+                table.write_parquet(out / f"{name}.parquet")
+        except OSError as error:
+            raise MediationError(f"Cannot write into {out} ({error.strerror}); choose another folder.") from error
+        result["out"] = str(out)
+    if not quiet:
+        report.contrast(found, str(first), str(second))
+        report.files(*([] if out is None else [out / "nodes.parquet", out / "edges.parquet"]))
+    return result
 
 
 def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
@@ -278,22 +394,42 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _page_figures(run: Run) -> dict[str, str]:
+def _page_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
     """The trust figures of a run as the page shows them."""
     trust = run.info["trust"]
-    effect = set_effect(run)
+    effect, held_out = set_effect(run), graph.meta["held_out_prompts"]
+    return {
+        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
+        "prompts": f"{effect['prompts']}" + (f", {held_out} held out for intervals and tiers" if held_out else ""),
+        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
+        **_calibration_figures(trust, graph),
+    }
 
+
+def _prompt_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
+    """The figures on the page of one prompt; what was patched exactly is a sample of the whole run."""
+    effects = prompt_table(run).filter(pl.col("prompt") == graph.meta["prompt"])
+    total = (effects["clean"] - effects["baseline"]).to_numpy()
+    gap = abs(effects["ig"].to_numpy() - total).max()
+    return {
+        "total effect": f"{total[0]:+.2f}, from {effects['baseline'][0]:+.2f} to {effects['clean'][0]:+.2f}",
+        "conservation gap, worst site": f"{gap:.3f}",
+        **_calibration_figures(run.info["trust"], graph),
+    }
+
+
+def _calibration_figures(trust: dict[str, Any], graph: AttributionGraph) -> dict[str, str]:
     def measured(each: dict[str, Any], kind: str) -> str:
         pearson = "-" if each["pearson"] is None else f"{each['pearson']:.2f}"
         return f"Pearson {pearson} over {each['n']} {kind}"
 
+    missed, warnings = trust["important_missed"], error_warnings(graph.error_share())
     return {
-        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
-        "prompts": str(effect["prompts"]),
-        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
-        "on error nodes, worst site": f"{max(trust['error_share'].values()):.0%}",
+        "on error nodes, worst site": f"{max(graph.error_share().values()):.0%}",
         "ig against exact": measured(trust["estimator_vs_exact"]["ig"], "nodes"),
         "edges against exact": measured(trust["edges_vs_exact"], "edges"),
+        "important nodes missed": "unknown" if missed["at_most"] is None else f"at most {missed['at_most']:.0%}",
+        **({"warning": " ".join(warnings)} if warnings else {}),
     }
 
 

@@ -45,6 +45,15 @@ class Baseline(StrEnum):
     """Its mean over the prompt set: removes what varies over the set, keeps what is always there."""
 
 
+class Half(StrEnum):
+    """Which half of a set a prompt is in."""
+
+    DISCOVERY = "discovery"
+    """Latents, facts and thresholds are chosen on these prompts."""
+    EVALUATION = "evaluation"
+    """What is said of the chosen is measured on these."""
+
+
 class PromptSet(Sequence[Prompt]):
     """A non-empty sequence of prompts with distinct ids."""
 
@@ -135,6 +144,13 @@ class PromptSet(Sequence[Prompt]):
             DiscoverySet(prompt for prompt in self.prompts if prompt.id in chosen),
             EvaluationSet(prompt for prompt in self.prompts if prompt.id not in chosen),
         )
+
+    def halves(self, seed: int = 0) -> dict[str, Half | None]:
+        """By prompt id, the side of `split` it is on; None for all where a single clean text cannot be split."""
+        if len({json.dumps(prompt.clean, sort_keys=True) for prompt in self.prompts}) < 2:
+            return dict.fromkeys((prompt.id for prompt in self.prompts), None)
+        sides = zip(Half, self.split(seed=seed), strict=True)
+        return {prompt.id: half for half, side in sides for prompt in side}
 
 
 class DiscoverySet(PromptSet):

@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from circuits.export import path_tree
-from circuits.graph import AttributionGraph
+from circuits.contrast import ALPHA, Contrast
+from circuits.export import path_tree, tier_text
+from circuits.graph import AttributionGraph, node_label
+from circuits.supernodes import Supernode
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -96,19 +98,36 @@ def _trust(result: dict[str, Any]) -> None:
             _number(one["cross_entropy_recovered"]), f"{gap:.1%}", f"{result['error_share'][site]:.0%}",
         )  # fmt: skip
     console.print(table)
-    compared = [(name, "nodes", each) for name, each in result["estimator_vs_exact"].items()]
-    for name, kind, each in [*compared, ("edges", "edges", result["edges_vs_exact"])]:
+    calibration(result, result["warnings"])
+
+
+def calibration(figures: dict[str, Any], warnings: Sequence[str]) -> None:
+    """Estimates beside exact patching, what the graph can have missed, and what a reader must be warned of."""
+    compared = [(name, "nodes", each) for name, each in figures["estimator_vs_exact"].items()]
+    for name, kind, each in [*compared, ("edges", "edges", figures["edges_vs_exact"])]:
         console.print(
             f"{name} against exact patching of {each['n']} sampled {kind}: Pearson {_number(each['pearson'])}, "
             f"Spearman {_number(each['spearman'])}, same sign {_number(each['sign'])}."
         )
+    missed = figures["important_missed"]
+    if missed["at_most"] is None:
+        console.print("What the graph misses is unknown: none of its nodes was patched exactly on held-out prompts.")
+    else:
+        console.print(
+            f"{missed['missed']} of {missed['left_out']} sampled nodes outside the graph have at least the median "
+            f"effect of those in it ({missed['median']:.2g}): it misses at most {missed['at_most']:.0%} of such nodes "
+            "(95 % bound, held-out prompts)."
+        )
+    for warning in warnings:
+        console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", soft_wrap=True)
 
 
 def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
-        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE",
-        caption="attribution: mean over prompts, nats; TIE, NIE: measured, at all positions",
+        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
+        caption="attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
+        "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
     )  # fmt: skip
     labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
     if labelled:
@@ -122,6 +141,7 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
             _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
             "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
             _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
+            tier_text(row) or "-",
             *([escape(row["label"] or "")] if labelled else []),
         )  # fmt: skip
     console.print(table)
@@ -161,6 +181,80 @@ def proof(table: pl.DataFrame, summary: dict[str, Any]) -> None:
             if each["baseline_closer_at"]:
                 where = f"{', '.join(map(str, each['baseline_closer_at']))} {kind}"
                 console.print(f"{escape(name)} is closer to the model than the circuit at {where}.", style="yellow")
+
+
+def kept(graph: AttributionGraph, groups: Sequence[Supernode]) -> None:
+    """What pruning left in the page and the exports, and the largest groups."""
+    pruned = graph.meta["pruned"]
+    share = pruned["influence"] / pruned["of_influence"] if pruned["of_influence"] else 1.0
+    console.print(
+        f"\nKept in page and exports, by influence: {pruned['kept']} of {pruned['of']} nodes with {share:.0%} of the "
+        f"latents' influence, {pruned['edges']} of {pruned['of_edges']} edges; the run holds all. Paths from error "
+        f"nodes carry {pruned['from_errors']:.0%}."
+    )
+    for group in groups[:SHOWN]:
+        console.print(f"{len(group.members)} alike: [bold]{escape(group.label)}[/bold]  {escape(group.id)}")
+
+
+def recurrence(graph: AttributionGraph, tiers: dict[str, dict[str, int]]) -> None:
+    """How far the nodes of a set's graph go beyond the prompts they were chosen on."""
+    held_out = graph.meta["held_out_prompts"]
+    if not held_out:
+        console.print("One prompt, or one text, cannot be split: nothing says what of this graph recurs elsewhere.")
+        return
+    table = _table(
+        f"What recurs on {held_out} held-out prompts", "site", "role", "node", "#attribution", "#held out, 95 %",
+        "#kept in", "tier",
+        caption="attribution: mean over all prompts; held out: mean over those that did not choose the nodes; "
+        "kept in: share of these whose own graph keeps the node",
+    )  # fmt: skip
+    for name in graph.ranked()[:SHOWN]:
+        node = graph.digraph.nodes[name]
+        interval = "" if node["low"] is None else rf" \[{node['low']:+.2f}, {node['high']:+.2f}]"
+        table.add_row(
+            _short(node["site"]), escape(str(node["position"])), escape(node_label(node, name)),
+            f"{node['attribution']:+.2f}", f"{node['held_out']:+.2f}{interval}", f"{node['frequency']:.0%}",
+            node["tier"] or "-",
+        )  # fmt: skip
+    console.print(table)
+    for kind, counts in tiers.items():
+        said = ", ".join(f"{count} {tier}" for tier, count in counts.items()) or "too few held-out prompts for tiers"
+        console.print(f"{kind}: {said}.")
+
+
+def contrast(found: Contrast, first: str, second: str) -> None:
+    """What differs between two runs: the nodes and edges with the smallest p."""
+    a, b = found.prompts
+    how = f"{a} pairs of held-out prompts" if found.paired else f"{a} and {b} held-out prompts, not paired"
+    tried = "all rearrangements" if found.exact else "random rearrangements"
+    console.print(
+        f"[bold]{escape(first)}[/bold] minus [bold]{escape(second)}[/bold]: {how}; {tried}, smallest p possible "
+        f"{found.smallest_p:.2g}.",
+        soft_wrap=True,
+    )
+    table = _table("Nodes that differ", "site", "role", "node", "#first", "#second", "#difference", "#p", "#q")
+    for row in found.nodes.head(SHOWN).iter_rows(named=True):
+        table.add_row(
+            _short(row["site"]), escape(row["role"]), escape(row["label"]), *_differences(row),
+        )  # fmt: skip
+    console.print(table)
+    edges = found.edges.drop_nulls("p").head(SHOWN)
+    if len(edges):
+        table = _table("Edges that differ", "from", "to", "#first", "#second", "#difference", "#p", "#q")
+        for row in edges.iter_rows(named=True):
+            table.add_row(escape(_short(row["source"])), escape(_short(row["target"])), *_differences(row))
+        console.print(table)
+    counts = found.summary()["significant"]
+    console.print(
+        f"At a false discovery rate of {ALPHA:.0%}: {counts['nodes']} of {len(found.nodes)} nodes and "
+        f"{counts['edges']} of {len(found.edges.drop_nulls('p'))} tested edges differ."
+    )
+    for note in found.notes:
+        console.print(note)
+
+
+def _differences(row: dict[str, Any]) -> list[str]:
+    return [f"{row[name]:+.2f}" for name in ("first", "second", "difference")] + [f"{row[k]:.3f}" for k in ("p", "q")]
 
 
 def flagging(prompts: int, seconds: float) -> None:

@@ -35,7 +35,7 @@ import polars as pl
 from mediation.errors import MediationError
 
 PACKAGES = ("latent-mediation", "torch", "transformers", "sae_lens", "nnsight", "polars")
-_FORMAT = "latent-mediation run 1"
+_FORMAT = "latent-mediation run 2"
 
 
 class Run:

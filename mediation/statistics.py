@@ -7,11 +7,15 @@
    controls (Westfall and Young 1993), which bounds the family-wise error.
 3. q-values over a run: Benjamini and Hochberg 1995, from scipy.
 4. Agreement with `exact` is measured on a sample that is stratified by size, so that small effects are in it.
+5. Difference of two means: permutation test (Fisher 1935; Pitman 1937), all rearrangements where they are few.
+6. Share of a kind in a sample, at most: the exact binomial bound (Clopper and Pearson 1934), from scipy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,6 +70,81 @@ def max_statistic_p(observed: ArrayLike, controls: ArrayLike) -> Floats:
     """
     largest = np.asarray(controls, dtype=np.float64).max(axis=1)
     return permutation_p(observed, largest[:, np.newaxis])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two means of m columns, and how often chance reaches it.
+
+    difference, p: [m], p two-sided. `smallest` is the least p that so few prompts allow; `exact` says whether all
+    rearrangements were tried.
+    """
+
+    difference: Floats
+    p: Floats
+    smallest: float
+    exact: bool
+
+
+def mean_difference(a: ArrayLike, b: ArrayLike, *, paired: bool, n: int = 9999, seed: int = 0) -> Difference:
+    """Mean of `a` [n_a, m] minus mean of `b` [n_b, m], column by column, with its permutation p-value.
+
+    Paired (row k of both is the same prompt): each pair's two values may change sides; the null says that its
+    difference is as likely to be of either sign. Otherwise prompts change sets; the null says that both sets are
+    drawn alike. All rearrangements where there are at most n + 1, which gives the exact p; else n drawn at random,
+    with p = (1 + reached) / (1 + n). All columns share the rearrangements. MediationError without prompts.
+    """
+    first, second = (np.asarray(side, dtype=np.float64) for side in (a, b))
+    if len(first) == 0 or len(second) == 0:
+        raise MediationError("A difference of means needs at least one prompt in both sets.")
+    if paired:
+        values, (weights, exact) = first - second, _flips(len(first), n, seed)
+    else:
+        values, (weights, exact) = np.concatenate([first, second]), _exchanges(len(first), len(second), n, seed)
+    observed = weights[0] @ values  # the first rearrangement is the data's own
+    # Rearrangements that are equal but for the order of their sums must count as equal.
+    reach = np.abs(observed) - 1e-10 * np.abs(values).max(axis=0, initial=0.0)
+    reached = np.empty(values.shape[1])
+    width = max(1, _CHUNK_VALUES // len(weights))
+    for start in range(0, values.shape[1], width):
+        chunk = slice(start, start + width)
+        reached[chunk] = (np.abs(weights @ values[:, chunk]) >= reach[chunk]).sum(axis=0)
+    # The data's own arrangement is one of all, and the "1 +" of a random draw. Among all, its mirror is as extreme.
+    mirrored = exact and (paired or len(first) == len(second))
+    return Difference(observed, reached / len(weights), (1 + mirrored) / len(weights), exact)
+
+
+def _flips(pairs: int, n: int, seed: int) -> tuple[Floats, bool]:
+    """Signs of the pairs over their number, [k, pairs], the data's own first; whether these are all."""
+    exact = pairs < 63 and 2**pairs <= n + 1
+    if exact:
+        negative = np.arange(2**pairs)[:, np.newaxis] >> np.arange(pairs) & 1
+    else:
+        negative = np.random.default_rng(seed).integers(0, 2, size=(n + 1, pairs))
+        negative[0] = 0
+    return (1.0 - 2.0 * negative) / pairs, exact
+
+
+def _exchanges(first: int, second: int, n: int, seed: int) -> tuple[Floats, bool]:
+    """1 / first for the prompts put into the first set, -1 / second for the others; [k, first + second]."""
+    every = first + second
+    exact = comb(every, first) <= n + 1
+    if exact:
+        chosen = np.array(list(combinations(range(every), first)))
+    else:
+        ranks = np.random.default_rng(seed).random((n + 1, every)).argsort(axis=1)
+        chosen = ranks[:, :first]
+        chosen[0] = np.arange(first)
+    weights = np.full((len(chosen), every), -1.0 / second)
+    np.put_along_axis(weights, chosen, 1.0 / first, axis=1)
+    return weights, exact
+
+
+def share_at_most(found: int, of: int, *, level: float = 0.95) -> float:
+    """Upper confidence bound of a share of which `found` of `of` independent draws are; 1 without draws."""
+    if of == 0:
+        return 1.0
+    return float(stats.binomtest(found, of, alternative="less").proportion_ci(level, method="exact").high)
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:

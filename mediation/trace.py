@@ -15,8 +15,9 @@ A prompt whose answers have several tokens is two sequences; its attributions ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 
 import numpy as np
 import polars as pl
@@ -30,12 +31,13 @@ from mediation.effects import effects, total_effect
 from mediation.errors import MediationError
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, exact
 from mediation.nodes import MeanState, SiteState, mean_state, site_states
-from mediation.prompts import Baseline, Batch, Example, PromptSet, batches, tokenize
+from mediation.prompts import Baseline, Batch, Example, Half, PromptSet, batches, tokenize
 from mediation.runs import Run
 from mediation.statistics import agreement, bootstrap_interval, stratified_sample
 from mediation.subject import SubjectModel
 
 NODE_KEYS = ["prompt", "site", "position", "latent"]  # latent is null for an error node
+ERROR_SHARE = 0.2  # of a site's attribution on error nodes, above which a run warns
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Prepared:
     prompts: PromptSet
     batches: list[Batch]
     means: dict[str, MeanState] | None
+    halves: dict[str, Half | None]
+
+    def share(self, batch: Batch) -> float:
+        """The batch's part of all tokens, so that a sample over the batches takes all nodes alike."""
+        return int(batch.mask.sum()) / sum(int(each.mask.sum()) for each in self.batches)
 
 
 def prepare(
@@ -85,7 +92,7 @@ def prepare(
     means = None
     if settings.baseline is Baseline.MEAN:
         means = {d.name: mean_state(model, prepared, d) for d in dictionaries}
-    return Prepared(prompts, prepared, means)
+    return Prepared(prompts, prepared, means, prompts.halves(settings.seed))
 
 
 @dataclass(frozen=True)
@@ -175,10 +182,12 @@ def _trace_batch(
         nodes.append(node_table(state, of_state, batch, prepared.prompts))
         clean, off = total_effect(model, batch, state, settings.baseline)
         totals = {each.value: of_state[each].per_row(state).cpu().numpy() for each in wanted}
+        ids = [prepared.prompts[i].id for i in batch.prompt.tolist()]
         prompts.append(
             pl.DataFrame(
                 {
-                    "prompt": [prepared.prompts[i].id for i in batch.prompt.tolist()],
+                    "prompt": ids,
+                    "half": pl.Series([prepared.halves[each] for each in ids], dtype=pl.String),
                     "site": state.dictionary.site.name,
                     "clean": clean.double().cpu().numpy(),
                     "baseline": off.double().cpu().numpy(),
@@ -186,8 +195,8 @@ def _trace_batch(
                 }
             )
         )
-        share = -(-settings.sample * len(batch) // sum(map(len, prepared.batches)))
-        calibration.append(calibrate(model, batch, state, of_state, share, settings))
+        wanted_here = ceil(settings.sample * prepared.share(batch))
+        calibration.append(calibrate(model, batch, state, of_state, prepared.prompts, wanted_here, settings))
     run.write_shard("nodes", name, pl.concat(nodes))
     run.write_shard("calibration", name, pl.concat(calibration))
     run.write_shard("prompts", name, pl.concat(prompts))
@@ -229,8 +238,14 @@ def role_of(example: Example, position: int) -> str:
 
 
 def prompt_table(run: Run) -> pl.DataFrame:
-    """One row per prompt and site: clean, baseline, and the sum of each estimator over all nodes."""
-    return run.read("prompts").group_by("prompt", "site", maintain_order=True).sum()
+    """One row per prompt and site: half, clean, baseline, and the sum of each estimator over all nodes."""
+    return run.read("prompts").group_by("prompt", "half", "site", maintain_order=True).sum()
+
+
+def prompt_ids(run: Run, half: Half) -> list[str]:
+    """Sorted ids of one half of the run's prompts; of all, where they are too few to be split."""
+    prompts = run.read("prompts").select("prompt", "half").unique()
+    return prompts.filter((pl.col("half") == half) | pl.col("half").is_null())["prompt"].sort().to_list()
 
 
 def calibrate(
@@ -238,10 +253,11 @@ def calibrate(
     batch: Batch,
     state: SiteState,
     scores: dict[Estimator, NodeScores],
+    prompts: PromptSet,
     n: int,
     settings: TraceSettings,
 ) -> pl.DataFrame:
-    """Patch a stratified sample of n of the state's nodes exactly, latents and errors alike."""
+    """Patch a stratified sample of n of the state's nodes exactly, latents and errors (no latent) alike."""
     error_at = state.free.nonzero()
     ranked = scores[settings.estimator]
     sizes = torch.cat([ranked.latents, ranked.error[error_at[:, 0], error_at[:, 1]]])
@@ -257,10 +273,17 @@ def calibrate(
         return torch.cat(parts).double().cpu().numpy()
 
     every = torch.arange(len(latents), device=latents.device)
+    row = [*state.row[latents].tolist(), *errors[:, 0].tolist()]
+    position = [*state.position[latents].tolist(), *errors[:, 1].tolist()]
     return pl.DataFrame(
         {
-            "site": [state.dictionary.site.name] * len(chosen),
-            "error": [False] * len(latents) + [True] * len(errors),
+            "prompt": pl.Series([prompts[batch.examples[r].prompt].id for r in row], dtype=pl.String),
+            "site": pl.Series([state.dictionary.site.name] * len(chosen), dtype=pl.String),
+            "position": pl.Series(position, dtype=pl.Int64),
+            "latent": pl.Series([*state.latent[latents].tolist(), *[None] * len(errors)], dtype=pl.Int64),
+            "role": pl.Series(
+                [role_of(batch.examples[r], p) for r, p in zip(row, position, strict=True)], dtype=pl.String
+            ),
             "exact_effect": flat(measured, every),
             Estimator.ATP.value: flat(scores[Estimator.ATP], latents),
             Estimator.IG.value: flat(scores[Estimator.IG], latents),
@@ -269,7 +292,7 @@ def calibrate(
 
 
 def trust(run: Run) -> dict[str, object]:
-    """Step 3: what the numbers of a run can bear."""
+    """Step 3: what the numbers of a run can bear, and a warning wherever the errors carry much of the attribution."""
     prompts, sample, nodes = prompt_table(run), run.read("calibration"), run.read("nodes")
     effect = prompts["clean"] - prompts["baseline"]
     per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by("site", maintain_order=True)
@@ -283,7 +306,17 @@ def trust(run: Run) -> dict[str, object]:
         "conservation_gap": dict(gaps.iter_rows()),
         "error_share": dict(on_error.iter_rows()),
         "estimator_vs_exact": {name.value: value for name, value in compared.items()},
+        "warnings": error_warnings(dict(on_error.iter_rows())),
     }
+
+
+def error_warnings(shares: Mapping[str, float]) -> list[str]:
+    """One sentence for each site whose error nodes hold more than ERROR_SHARE of its absolute attribution."""
+    return [
+        f"{share:.0%} of the attribution at {site} is on error nodes: its dictionary misses that much of the behaviour."
+        for site, share in shares.items()
+        if share > ERROR_SHARE
+    ]
 
 
 def set_effect(run: Run, *, seed: int = 0) -> dict[str, float]:
@@ -303,11 +336,18 @@ def set_effect(run: Run, *, seed: int = 0) -> dict[str, float]:
 
 
 def top_latents(
-    run: Run, n: int, *, by_site: bool = False, estimator: Estimator = Estimator.IG, seed: int = 0
+    run: Run,
+    n: int,
+    *,
+    by_site: bool = False,
+    estimator: Estimator = Estimator.IG,
+    seed: int = 0,
+    chosen_on: Collection[str] | None = None,
 ) -> pl.DataFrame:
     """The n strongest (site, role, latent) of the set by |mean attribution|, errors included.
 
-    With `by_site`, the n strongest latents of each site and all its error nodes.
+    With `by_site`, the n strongest latents of each site and all its error nodes. With `chosen_on`, the ids of some
+    prompts, the latents are chosen and ordered by their mean over those; every figure is still of the whole set.
 
     Attribution is summed over a role's positions in each prompt and averaged over all prompts, counting
     zero where the latent has no node; low and high are the bootstrap interval of that mean. `prompts` counts
@@ -320,14 +360,17 @@ def top_latents(
         peak=pl.col("clean").max(),
         token=pl.col("token").sort_by("clean", descending=True).first(),
     )
+    choosing = pl.col("prompt").is_in(list(prompts if chosen_on is None else chosen_on))
     strongest = (
         sums.group_by(keys, maintain_order=True)
         .agg(
             attribution=pl.col("attribution").sum() / len(prompts),
+            chosen_by=pl.col("attribution").filter(choosing).sum().abs(),
             prompts=(pl.col("peak") != 0).sum(),
             token=pl.col("token").sort_by("peak", descending=True).first(),
         )
-        .sort(pl.col("attribution").abs(), descending=True, maintain_order=True)
+        .sort("chosen_by", descending=True, maintain_order=True)
+        .drop("chosen_by")
     )
     if by_site:
         place = pl.col("attribution").cum_count().over("site", pl.col("latent").is_null())

@@ -56,7 +56,7 @@ def lay_out(graph: AttributionGraph) -> Layout:
     for name in sorted(graph.ranked(), key=lambda n: graph.digraph.nodes[n]["kind"] == NodeKind.ERROR):
         data = graph.digraph.nodes[name]
         cells.setdefault((_row_of(data), data["position"]), []).append(name)
-    positions = _positions(graph, {position for _, position in cells})
+    positions = graph.positions()
     sites = sorted({site for site, _ in cells}, key=_depth, reverse=True)
 
     def fullest(keys: list[tuple[str, int | str]]) -> int:
@@ -109,15 +109,6 @@ def site_title(site: str) -> str:
     except MediationError:
         return site
     return f"layer {parsed.layer} {parsed.stream}"
-
-
-def _positions(graph: AttributionGraph, used: set[int | str]) -> list[int | str]:
-    given = [position for position in graph.meta.get("positions") or () if position in used]
-    rest = [data["position"] for _, data in graph.digraph.nodes(data=True) if data["kind"] != NodeKind.TARGET]
-    rest = [position for position in dict.fromkeys(rest) if position in used and position not in given]
-    if all(isinstance(position, int) for position in rest):
-        rest.sort()
-    return given + rest
 
 
 def _heading(graph: AttributionGraph, position: int | str) -> str:

@@ -12,16 +12,22 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import networkx as nx
+
 from circuits.graph import TARGET, AttributionGraph, NodeKind, node_label
+from circuits.pruning import SOURCES, Keep, prune
+from circuits.supernodes import Supernode, quotient, within
 from circuits.viewer.layout import site_title
 from circuits.viewer.svg import draw
 from circuits.viewer.text import escape, percent, plain, probability, signed
 
-DRAWN_NODES, DRAWN_EDGES, PATHS = 40, 160, 10
+DRAWN_LATENTS, DRAWN_SOURCES, DRAWN_EDGES, PATHS = 40, 40, 160, 10  # at most; sources: error nodes and embeddings
 FLAG_TITLES = {
     "fact": "Fact", "effect": "Effect", "hidden_share": "Hidden share", "p": "p", "q": "q",
     "carriers": "Carriers", "removal": "Removal", "swap": "Swap",
 }  # fmt: skip
+MEDIATORS = (NodeKind.LATENT, NodeKind.SUPERNODE)
+GROUP_KEY = '<span><i class="box group"></i>several latents that are alike</span>'
 BAR, BAR_HIGH = 190, 14  # interval bars, px
 
 
@@ -31,31 +37,36 @@ def render(
     title: str,
     figures: Mapping[str, Any] | None = None,
     flags: Sequence[Mapping[str, Any]] = (),
+    keep: Keep | None = None,
+    supernodes: Sequence[Supernode] = (),
 ) -> str:
     """The whole page as HTML.
 
     `figures`: name -> value, shown at the top (total effect, gap, fidelity, ...). `flags`: one dict per
     tested fact with any of fact, effect, hidden_share, p, q, carriers, removal, swap, flagged (True marks
-    it); further keys become further columns. Of a large graph the strongest nodes and edges are drawn,
-    and the page says what share they hold.
+    it); further keys become further columns. The graph is pruned by influence as `keep` says, and further where
+    it would be too large to read; the page says what is left out. Each of `supernodes` is one box.
     """
-    part = graph.prune(DRAWN_NODES)
+    part = _readable(prune(graph, keep or Keep()))
+    omitted = _what_is_drawn(graph, part)
+    part = quotient(part, within(supernodes, part))
     numbers = {name: k for k, name in enumerate([TARGET, *part.ranked()])}
     edges = _drawn_edges(part)
     sections = [
         f"<h1>{escape(title)}</h1>",
         _figures({"behaviour": graph.meta.get("behaviour"), **(figures or {})}),
         "<h2>Attribution graph</h2>",
-        f"<p>{_what_is_drawn(graph, part, edges)} Point at a node to see only its edges; "
-        "click it for its row in the table.</p>",
+        f"<p>{omitted} {len(edges):,} of {graph.digraph.number_of_edges():,} edges are drawn. "
+        "Point at a node to see only its edges; click it for its row in the table.</p>",
         f'<div class="pane">{draw(part, numbers=numbers, edges=edges)}</div>',
         '<div class="key"><span><i class="up"></i>pushes the behaviour up</span>'
         '<span><i class="down"></i>pushes it down</span>'
         "<span>width of an edge: its contribution to the behaviour</span>"
-        '<span><i class="box"></i>error: what the dictionary misses</span></div>',
+        '<span><i class="box"></i>error: what the dictionary misses</span>'
+        f"{GROUP_KEY if part.ranked([NodeKind.SUPERNODE]) else ''}</div>",
         _facts(flags),
         _paths(graph),
-        _nodes(part, numbers),
+        _nodes(part, numbers, graph),
     ]
     script, style = _asset("page.js"), _asset("style.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -91,12 +102,30 @@ def _drawn_edges(graph: AttributionGraph) -> list[tuple[str, str]]:
     return list(chosen)
 
 
-def _what_is_drawn(graph: AttributionGraph, part: AttributionGraph, edges: Sequence[object]) -> str:
-    nodes, of = len(part.digraph) - 1, len(graph.digraph) - 1
-    share = part.meta["pruned"]["share"]
+def _readable(graph: AttributionGraph) -> AttributionGraph:
+    """Of a pruned graph that is too large to read, the most influential nodes that reach the target."""
+
+    def most(kinds: Sequence[NodeKind], n: int) -> list[str]:
+        return sorted(graph.ranked(kinds), key=lambda name: -graph.digraph.nodes[name]["influence"])[:n]
+
+    chosen = [TARGET, *most(MEDIATORS, DRAWN_LATENTS), *most(SOURCES, DRAWN_SOURCES)]
+    part = graph.digraph.subgraph(chosen)
+    drawn = part.subgraph(nx.ancestors(part, TARGET) | {TARGET})
+    return graph.restricted(drawn.nodes, drawn.edges, graph.meta)
+
+
+def _what_is_drawn(graph: AttributionGraph, part: AttributionGraph) -> str:
+    """How much is drawn, and what of the error nodes is not."""
+    errors = [NodeKind.ERROR]
+    held = sum(part.digraph.nodes[name]["influence"] for name in part.ranked(MEDIATORS))
+    everything = part.meta["pruned"]["of_influence"]
+    hidden = len(graph.ranked(errors)) - len(part.ranked(errors))
+    left_out = f"; {hidden:,} error nodes of less influence are not drawn" if hidden else ""
     return (
-        f"{nodes:,} of {of:,} nodes, holding {percent(share)} of the absolute attribution, and "
-        f"{len(edges):,} of {graph.digraph.number_of_edges():,} edges."
+        f"{len(part.digraph) - 1:,} of {len(graph.digraph) - 1:,} nodes, holding "
+        f"{percent(held / everything if everything else 1.0)} of the latents' influence: the part of the absolute flow "
+        "into the behaviour that passes through them. Paths from error nodes carry "
+        f"{percent(part.meta['pruned']['from_errors'])} of it{left_out}."
     )
 
 
@@ -169,28 +198,49 @@ def _place(graph: AttributionGraph, name: str) -> str:
     return f"{label} <small>@{escape(data['position'])}{site}</small>"
 
 
-def _nodes(graph: AttributionGraph, numbers: Mapping[str, int]) -> str:
+def _nodes(graph: AttributionGraph, numbers: Mapping[str, int], whole: AttributionGraph) -> str:
     data = {name: graph.digraph.nodes[name] for name in graph.ranked()}
-    ends = [node[key] for node in data.values() for key in ("attribution", "low", "high")]
+    judged = bool(graph.meta.get("held_out_prompts"))
+    value = "held_out" if judged else "attribution"
+    ends = [node[key] for node in data.values() for key in (value, "low", "high")]
     scale = max((abs(value) for value in ends if value is not None), default=0.0)
     rows = []
-    ordered = graph.ranked([NodeKind.LATENT]) + graph.ranked([NodeKind.ERROR, NodeKind.EMBEDDING])
+    ordered = graph.ranked(MEDIATORS) + graph.ranked([NodeKind.ERROR, NodeKind.EMBEDDING])
     for name in ordered:
         node = data[name]
         low, high = node["low"], node["high"]
         interval = "" if low is None or high is None else f"{signed(low)} to {signed(high)}"
         rows.append([
-            f'<td><a href="#g{numbers[name]}">{escape(node_label(node, name))}</a></td>',
+            f'<td><a href="#g{numbers[name]}">{escape(node_label(node, name))}</a>{_members(graph, name, whole)}</td>',
             f'<td class="soft">{escape(node["site"] or "")}</td>',
             f'<td class="soft">{escape("" if node["position"] is None else node["position"])}</td>',
             f'<td class="number">{"" if node["latent"] is None else escape(node["latent"])}</td>',
             f'<td class="number">{signed(node["attribution"])}</td>',
-            f"<td>{'' if node['attribution'] is None else _bar(node['attribution'], low, high, scale)}</td>",
+            f"<td>{'' if node[value] is None else _bar(node[value], low, high, scale)}</td>",
             f'<td class="number">{interval}</td>',
         ])  # fmt: skip
+        if judged:
+            kept = "" if node["frequency"] is None else percent(node["frequency"])  # a supernode has none
+            rows[-1].append(f'<td class="number">{kept}</td>')
+            rows[-1].append(f'<td class="soft">{escape(node["tier"] or "")}</td>')
     titles = ["Node", "Site", "Position", "Latent", "Attribution", "with its interval", "Interval"]
     text = "Latents by strength, then errors and embeddings. Positive attribution pushes the behaviour up."
+    if judged:
+        titles[-2:] = ["Held-out mean", "its interval", "Kept in", "Tier"]
+        text += (
+            " Attribution is the mean over all prompts. Bar, interval, how often a prompt's own graph keeps the node, "
+            f"and its tier come from {graph.meta['held_out_prompts']} held-out prompts, on which no node was chosen."
+        )
     return f"<h2>Nodes</h2><p>{text}</p>{_table(titles, rows, [f'n{numbers[name]}' for name in ordered])}"
+
+
+def _members(graph: AttributionGraph, name: str, whole: AttributionGraph) -> str:
+    """Labels of what a supernode holds; nothing for other nodes."""
+    if (group := graph.meta["supernodes"].get(name)) is None:
+        return ""
+    known = whole.digraph.nodes
+    labels = [node_label(known[member], member) if member in known else member for member in group["members"]]
+    return f"<br><small>{escape(' · '.join(labels))}</small>"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], ids: Sequence[str] = ()) -> str:

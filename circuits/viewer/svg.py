@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from circuits.export import tier_text
 from circuits.graph import TARGET, AttributionGraph, node_label
 from circuits.viewer.layout import BOX, HEADING, HIGH, MARGIN, Layout, lay_out
 from circuits.viewer.text import escape, fit, percent, signed
@@ -102,13 +103,18 @@ def _node(graph: AttributionGraph, layout: Layout, name: str, numbers: dict[str,
 
 def _hint(name: str, data: dict[str, Any], label: str) -> str:
     lines = [label, name]
-    if data["attribution"] is not None:
-        interval = ""
-        if data["low"] is not None and data["high"] is not None:
-            interval = f" [{signed(data['low'])}, {signed(data['high'])}]"
+    interval = ""
+    if data["low"] is not None and data["high"] is not None:
+        interval = f" [{signed(data['low'])}, {signed(data['high'])}]"
+    if data["held_out"] is not None:
+        lines.append(f"attribution {signed(data['attribution'])}")
+        lines.append(f"held out {signed(data['held_out'])}{interval}, {tier_text(data)}")
+    elif data["attribution"] is not None:
         lines.append(f"attribution {signed(data['attribution'])}{interval}")
     if data["activation"] is not None:
         lines.append(f"activation {data['activation']:.3g}")
+    if data["influence"] is not None:
+        lines.append(f"influence {percent(data['influence'])}")
     return "\n".join(lines)
 
 

@@ -187,3 +187,15 @@ def test_json_is_networkx_node_link() -> None:
 def test_a_missing_file_is_one_sentence(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(MediationError, match="Cannot read"):
         AttributionGraph.load(tmp_path / "graph.json")
+
+
+def test_columns_of_a_set_pass_through_json() -> None:
+    nodes, edges = random_tables(4)
+    nodes = nodes.with_columns(held_out=pl.lit(0.5), frequency=pl.lit(0.25), tier=pl.lit("noise"))
+    edges = edges.with_columns(low=pl.lit(-1.0), high=pl.lit(None, dtype=pl.Float64), tier=pl.lit("consensus"))
+    graph = AttributionGraph.from_json(AttributionGraph.from_tables(nodes, edges).prune(5).to_json())
+    source, _, data = next(iter(graph.digraph.edges(data=True)))
+    assert set(data) == {"weight", "contribution", "low", "high", "tier"}
+    assert (data["low"], data["high"], data["tier"]) == (-1.0, None, "consensus")
+    assert graph.digraph.nodes[source]["frequency"] == 0.25
+    assert graph.digraph.nodes["target"]["tier"] is None

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 import re
+import time
 from html.parser import HTMLParser
 from importlib.resources import files
 from typing import Any
@@ -19,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits.graph import TARGET, AttributionGraph, NodeKind
+from circuits.pruning import SOURCES, Keep, influence, prune
+from circuits.supernodes import Supernode, quotient
 from circuits.viewer import render
 from circuits.viewer.layout import BOX, HIGH, lay_out
-from circuits.viewer.page import DRAWN_EDGES, DRAWN_NODES
+from circuits.viewer.page import DRAWN_EDGES, DRAWN_LATENTS, DRAWN_SOURCES
 from circuits.viewer.text import CHARACTER, fit, plain, probability, signed
 from tests.circuits.random_graphs import random_graph, random_tables
 
@@ -173,14 +176,17 @@ def test_rows_go_by_depth_and_columns_by_position_or_as_told() -> None:
     assert list(lay_out(told).columns) == ["rest", "claim", "end"]
 
 
+def drawn(html: str) -> set[str]:
+    """Ids of the nodes in the page's drawing."""
+    return {(node.findtext(f"{SVG}title") or "").split("\n")[1] for node in svgs(html)[0].findall(f"{SVG}a")}
+
+
 def test_the_drawing_shows_every_kept_node_and_the_strongest_edges() -> None:
-    graph = random_graph(4, layers=4, width=30, positions=3, density=0.8)
-    html = render(graph, title="t")
-    part = graph.prune(DRAWN_NODES)
-    drawing = svgs(html)[0]
-    hints = [node.findtext(f"{SVG}title") or "" for node in drawing.findall(f"{SVG}a")]
-    assert {hint.split("\n")[1] for hint in hints} == set(part.digraph)
-    paths = drawing.findall(f"{SVG}path")
+    graph = random_graph(4, layers=4, width=16, positions=3, density=0.8)
+    html = render(graph, title="t", keep=Keep(nodes=0.7, edges=1))
+    part = prune(graph, Keep(nodes=0.7, edges=1))
+    assert drawn(html) == set(part.digraph)
+    paths = svgs(html)[0].findall(f"{SVG}path")
     assert DRAWN_EDGES <= len(paths) <= DRAWN_EDGES + len(part.digraph)
     widths = [float(path.get("stroke-width", "0")) for path in paths]
     assert widths == sorted(widths)
@@ -190,10 +196,66 @@ def test_the_drawing_shows_every_kept_node_and_the_strongest_edges() -> None:
     assert f"contribution {signed(strongest)}," in (paths[-1].findtext(f"{SVG}title") or "")
     drawn_from = {path.get("data-s") for path in paths}
     assert len(drawn_from) == len(part.digraph) - 1  # every node but the target has an edge out
-    share = part.meta["pruned"]["share"]
-    assert f"holding {share:.0%} of the absolute attribution" in html
+    found, latents = influence(graph).nodes, graph.ranked([NodeKind.LATENT])
+    share = sum(found[name] for name in latents if name in part.digraph) / sum(found[name] for name in latents)
+    errors = sum(found[name] for name in graph.ranked([NodeKind.ERROR]))
+    text = re.sub(r"\s+", " ", Page(html).text)
+    assert f"holding {share:.0%} of the latents' influence" in text
+    assert f"Paths from error nodes carry {errors:.0%} of it." in text
+    assert f"{len(paths):,} of {graph.digraph.number_of_edges():,} edges are drawn" in text
     for site, value in graph.error_share().items():
         assert f"error {value:.0%}" in html, site
+
+
+def test_the_page_is_pruned_by_default() -> None:
+    graph = random_graph(12, layers=3, width=8)
+    assert drawn(render(graph, title="t")) == set(prune(graph).digraph) < set(graph.digraph)
+    assert drawn(render(graph, title="t", keep=Keep(nodes=1, edges=1))) == set(prune(graph, Keep(1, 1)).digraph)
+
+
+def test_a_graph_of_thousands_of_nodes_opens_small_and_soon() -> None:
+    """2,000 nodes and 20,000 edges. What is not drawn is the least influential, errors too, and the page says so."""
+    graph = random_graph(0, layers=12, width=110, positions=50, density=0.12)
+    assert len(graph.digraph) > 1950
+    assert graph.digraph.number_of_edges() > 20_000
+    start = time.perf_counter()
+    html = render(graph, title="t")
+    assert time.perf_counter() - start < 10  # .5 s alone on a core
+    assert len(html) < 300_000
+    names, whole = drawn(html), prune(graph)
+    of = {kind: [n for n in names if whole.digraph.nodes[n]["kind"] in kind] for kind in (SOURCES, ("latent",))}
+    assert 20 < len(of["latent",]) <= DRAWN_LATENTS
+    assert 20 < len(of[SOURCES]) <= DRAWN_SOURCES
+    value = dict(whole.digraph.nodes(data="influence"))
+    for kinds, shown, most in ((SOURCES, of[SOURCES], DRAWN_SOURCES), (("latent",), of["latent",], DRAWN_LATENTS)):
+        ranked = sorted((n for n, k in whole.digraph.nodes(data="kind") if k in kinds), key=lambda n: -value[n])
+        assert set(shown) <= set(ranked[:most])
+    hidden = len(graph.ranked([NodeKind.ERROR])) - sum(name.endswith("error") for name in names)
+    assert f"{hidden:,} error nodes of less influence are not drawn" in re.sub(r"\s+", " ", Page(html).text)
+    links = {(path.get("data-s"), path.get("data-t")) for path in svgs(html)[0].findall(f"{SVG}path")}
+    assert {source for source, _ in links} == {str(k) for k in range(1, len(names))}
+
+
+def test_supernodes_are_one_box_with_their_members_in_the_table() -> None:
+    graph = random_graph(11, layers=2, width=8, positions=1)
+    latents = prune(graph).ranked([NodeKind.LATENT])
+    site = graph.digraph.nodes[latents[0]]["site"]
+    members = tuple(name for name in latents if graph.digraph.nodes[name]["site"] == site)[:3]
+    for k, name in enumerate(members):
+        graph.digraph.nodes[name]["label"] = f"{ATTACK}{k}"
+    group = Supernode(f"{site}/0/group-1", ATTACK, members)
+    page = render(graph, title="t", supernodes=[group])
+    assert drawn(page) == set(prune(graph).digraph) - set(members) | {group.id}
+    box = next(each for each in svgs(page)[0].findall(f"{SVG}a") if "supernode" in (each.get("class") or ""))
+    total = sum(graph.digraph.nodes[name]["attribution"] for name in members)
+    assert f"attribution {signed(total)}" in (box.findtext(f"{SVG}title") or "")
+    text = Page(page).text
+    assert all(f"{3 * chr(0xFFFD)}{k}" in text for k in range(3))
+    assert "several latents that are alike" in text
+    assert [name for name, _ in Page(page).elements].count("img") == 0
+    assert "several latents that are alike" not in Page(render(graph, title="t")).text
+    again = render(quotient(graph, [group]), title="t", keep=Keep(1, 1))
+    assert group.id in drawn(again)  # a graph that was grouped before can be drawn too
 
 
 def test_links_lead_to_rows_and_back() -> None:
@@ -237,6 +299,31 @@ def test_interval_bars_have_the_right_lengths() -> None:
     assert float(rect.get("width", "0")) == pytest.approx(half / 2, abs=0.1)
     assert float(whisker.get("x1", "nan")) == pytest.approx(0, abs=0.1)
     assert float(whisker.get("x2", "nan")) == pytest.approx(half * 1.25, abs=0.1)
+
+
+def test_the_page_of_a_set_says_what_recurs() -> None:
+    """The bar is the held-out mean, to which the interval belongs; the attribution beside it is that of the set."""
+    graph = random_graph(7)
+    graph.meta["held_out_prompts"] = 12
+    for name, data in graph.digraph.nodes(data=True):
+        if name != TARGET:
+            data |= {"attribution": 0.1, "held_out": 0.0, "low": 0.0, "high": 0.0, "frequency": 0.0, "tier": "noise"}
+    name = graph.ranked([NodeKind.LATENT])[0]
+    graph.digraph.nodes[name].update(
+        attribution=5.0, held_out=1.0, low=0.5, high=2.0, frequency=0.75, tier="consensus"
+    )  # fmt: skip
+    html = render(graph, title="t")
+    row = html.split("<h2>Nodes</h2>")[1].split("<tbody>")[1].split("</tr>")[0]
+    assert "12 held-out prompts" in html
+    for shown in ("+5.00", "+0.500 to +2.00", "75%", "consensus"):
+        assert shown in row
+    bar = svgs(row)[0]
+    rect = bar.find(f"{SVG}rect")
+    assert rect is not None
+    assert float(rect.get("width", "0")) == pytest.approx(float(bar.get("width", "0")) / 4, abs=0.1)
+    assert "held out +1.00 [+0.500, +2.00], consensus 75%" in html
+    alone = render(random_graph(7), title="t")
+    assert "Held-out" not in alone
 
 
 def test_a_graph_of_nothing_still_makes_a_page() -> None:

@@ -20,6 +20,7 @@ from mediation.prompts import (
     DiscoverySet,
     EvaluationSet,
     Example,
+    Half,
     PromptSet,
     batches,
     collate,
@@ -202,6 +203,14 @@ def test_split_is_a_partition_with_its_share_of_every_group(groups: list[str], f
 
     shuffled = PromptSet.from_rows(rows[::-1]).split(fraction, seed)
     assert {p.id for p in shuffled[0]} == {p.id for p in discovery}
+
+
+def test_halves_are_the_split_by_id_and_a_single_text_has_none() -> None:
+    prompts = PromptSet.from_rows(ROW | {"id": f"p{k}", "clean": f"w1 w{k}"} for k in range(9))
+    discovery, evaluation = prompts.split(seed=3)
+    assert prompts.halves(3) == {p.id: Half.DISCOVERY for p in discovery} | {p.id: Half.EVALUATION for p in evaluation}
+    alike = PromptSet.from_rows(ROW | {"id": f"p{k}"} for k in range(3))
+    assert alike.halves() == {"p0": None, "p1": None, "p2": None}
 
 
 def test_split_keeps_equal_texts_together_and_moves_with_the_seed() -> None:

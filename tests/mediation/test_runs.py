@@ -108,7 +108,7 @@ def test_a_path_below_a_file_is_an_error(tmp_path: Path) -> None:
         ("\ud800", "cannot be read"),
         ("[]", "not the run.json"),
         ('{"settings": {}}', "not the run.json"),
-        ('{"format": "latent-mediation run 1", "settings": 3}', "not the run.json"),
+        ('{"format": "latent-mediation run 2", "settings": 3}', "not the run.json"),
     ],
 )
 def test_what_is_not_a_run_cannot_be_opened(tmp_path: Path, text: str | None, said: str) -> None:
