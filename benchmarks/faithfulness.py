@@ -28,7 +28,7 @@ from torch import Tensor
 
 import mediation
 from circuits.ablation import Cut, Errors, run_nodes
-from circuits.proof import Kind, ProofSettings, discover, halve, prove
+from circuits.proof import Kind, ProofSettings, discover, place_prompts, prove
 from mediation.commands import Source, load_dictionaries
 from mediation.estimators.common import behaviour
 from mediation.nodes import site_states
@@ -70,7 +70,7 @@ def _precision(folder: Path, seed: int, kinds: tuple[str, ...]) -> list[tuple[st
     names: dict[str, int] = {}
     traced = TraceSettings(steps=8, top=40)
     discovery, _ = PromptSet.from_jsonl(folder / "prompts.jsonl").split(0.5, seed)
-    half = halve(model, dictionaries, discovery, traced, names)
+    half = place_prompts(model, dictionaries, discovery, traced, names)
     found = discover(model, dictionaries, half, traced, ProofSettings(seed=seed))
     shares = []
     for each in found.rankings:
@@ -101,7 +101,7 @@ def _known(
     """How much of the effect passes where the fact was planted, and in the planted directions; sums over prompts."""
     names: dict[str, int] = {}
     _, evaluation = prompts.split(0.5, chosen.seed)
-    half = halve(model, dictionaries, evaluation, TraceSettings(), names)
+    half = place_prompts(model, dictionaries, evaluation, TraceSettings(), names)
     attributes = _directions(name_activations(model.module, model.tokenizer, world), world)
     rows = {prompt.id: prompt for prompt in prompts}
     decisive = {claim.words: claim.attribute for claim in world.claims}

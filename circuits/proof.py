@@ -70,7 +70,7 @@ class ProofSettings:
 
 
 @dataclass(frozen=True)
-class Half:
+class Placed:
     """Prompts prepared, with the place of every token, by batch."""
 
     prepared: Prepared
@@ -176,8 +176,8 @@ def prove(
     Raises MediationError where no latent changes, or the evaluation prompts have no total effect to explain.
     """
     names: dict[str, int] = {}
-    discovered = halve(model, dictionaries, discovery, traced, names)
-    evaluated = halve(model, dictionaries, evaluation, traced, names)
+    discovered = place_prompts(model, dictionaries, discovery, traced, names)
+    evaluated = place_prompts(model, dictionaries, evaluation, traced, names)
     circuit = discover(model, dictionaries, discovered, traced, settings)
     neurons = discover(model, basis(model, dictionaries), discovered, traced, settings, name=NEURONS)
     ranked = {kind: [each for each in circuit.rankings if each.kind is kind] for kind in settings.kinds}
@@ -211,22 +211,22 @@ def prove(
     return Proof(curves, pl.concat(members, how="vertical_relaxed"), between)
 
 
-def halve(
+def place_prompts(
     model: SubjectModel,
     dictionaries: Sequence[Dictionary],
     prompts: PromptSet,
     traced: TraceSettings,
     names: dict[str, int],
-) -> Half:
+) -> Placed:
     """Prepare prompts; their places are numbered by `names`, which grows."""
     prepared = prepare(prompts, model, dictionaries, traced)
-    return Half(prepared, place_index(prepared.batches, names))
+    return Placed(prepared, place_index(prepared.batches, names))
 
 
 def discover(
     model: SubjectModel,
     dictionaries: Sequence[Dictionary],
-    half: Half,
+    half: Placed,
     traced: TraceSettings,
     settings: ProofSettings,
     *,

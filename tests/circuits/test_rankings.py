@@ -10,7 +10,7 @@ import torch
 from circuits.ablation import EMBEDDING, Nodes
 from circuits.edges import REST
 from circuits.graph import TARGET
-from circuits.proof import Discovery, Kind, ProofSettings, discover, halve
+from circuits.proof import Discovery, Kind, ProofSettings, discover, place_prompts
 from circuits.rankings import EdgeScores, NodeScores, edges_by_ends, edges_by_paths, node_ids, path_strength
 from mediation.commands import Source, load_dictionaries
 from mediation.organisms.compiled import GATES, Truth, compile_circuit
@@ -94,7 +94,7 @@ def discovered(folder: Path, seed: int, kinds: tuple[str, ...], batch_size: int 
     dictionaries = load_dictionaries(Source("", (str(folder / "saes"),), ""), "cpu")
     names: dict[str, int] = {}
     traced = TraceSettings(steps=8, batch_size=batch_size, top=40)
-    half = halve(model, dictionaries, PromptSet.from_jsonl(folder / "prompts.jsonl"), traced, names)
+    half = place_prompts(model, dictionaries, PromptSet.from_jsonl(folder / "prompts.jsonl"), traced, names)
     return discover(model, dictionaries, half, traced, ProofSettings()), truth, list(names)
 
 
