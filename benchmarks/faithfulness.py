@@ -173,7 +173,7 @@ def measure(model: SubjectModel, dictionaries: list, prompts: PromptSet, chosen:
         "sites": {each.site.name: each.d_sae for each in dictionaries},
         "prompts": [min(len(each), chosen.number) for each in (discovery, evaluation)],
         "top": chosen.top, "baseline": chosen.baseline.value, "seed": chosen.seed, "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(), "errors": {},
+        "cores": os.cpu_count(), "note": chosen.note, "errors": {},
     }  # fmt: skip
     for policy in chosen.errors:
         start = time.perf_counter()
@@ -239,11 +239,13 @@ def _compiled_part(found: dict[str, Any]) -> str:
 
 def _proof_part(name: str, found: dict[str, Any]) -> str:
     sites = ", ".join(f"{site} ({latents})" for site, latents in found["sites"].items())
+    edges = any(Kind.EDGES in each["summary"] for each in found["errors"].values())
     lines = [
         f"## {name}\n",
         f"{found['model']}; dictionaries (latents): {sites}. {found['prompts'][0]} discovery and {found['prompts'][1]} "
-        f"evaluation prompts, seed {found['seed']}; baseline {found['baseline']}; edges between the {found['top']} "
-        "strongest latents of each site and the embeddings.\n",
+        f"evaluation prompts, seed {found['seed']}; baseline {found['baseline']}"
+        + (f"; edges between the {found['top']} strongest latents of each site and the embeddings" if edges else "")
+        + f". {found['note']}\n",
     ]  # fmt: skip
     if "known" in found:
         shares = "; ".join(f"{key} {value:.2f}" for key, value in found["known"].items())
@@ -303,6 +305,7 @@ def main() -> None:
     parser.add_argument("--pairs", default="simple", help="agreement: simple or nounpp")
     parser.add_argument("--model", default="smollm2", help="for agreement and capitals")
     parser.add_argument("--saes", nargs="+", help="for agreement and capitals: folders of dictionaries")
+    parser.add_argument("--note", default="", help="a sentence for the document: what the dictionaries are")
     parser.add_argument("--baseline", type=Baseline, default=Baseline.CORRUPT, choices=list(Baseline))
     parser.add_argument("--errors", type=Errors, nargs="+", default=[Errors.KEPT], choices=list(Errors))
     parser.add_argument("--no-edges", dest="edges", action="store_false")
