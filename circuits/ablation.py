@@ -7,6 +7,8 @@ Node circuit: a set of kept (site, place, latent), and of places whose error nod
 1. Run the clean prompt. At each dictionary's site, in execution order, take apart what has arrived there: upstream has
    been cut, so latents and errors have their current values, not their clean ones.
 2. Go on with x' + sum over kept latents of (f_i - f'_i) w_i, and eps - eps' where the error is kept.
+A kept latent is kept whether it is on or off, and one that is not goes to its baseline: under the mean, error nodes
+are what the dictionaries miss, and not also the means of latents that are off, as they are in mediation.nodes.
 What comes before the first site is the model's own; so are the positions that carry no node. An attention head is kept
 or cut whole, with all its coordinates.
 
@@ -182,8 +184,9 @@ def _put_together(cut: Cut, index: int, value: SiteValue, kept: Tensor, errors: 
         at = (part[:, 0], part[:, 1])
         place = cut.places[at]
         here = changes(dictionary, value.at(at), cut.reference(index, at))
-        rest = value.x[at] - sources.base[at] - here.delta @ dictionary.decoder
-        chosen = (here.delta * kept[place]) @ dictionary.decoder
+        delta = here.latents - here.baseline
+        rest = value.x[at] - sources.base[at] - delta @ dictionary.decoder
+        chosen = (delta * kept[place]) @ dictionary.decoder
         new[at] = sources.base[at] + chosen + rest * errors[place, None]
     return new
 
@@ -317,8 +320,8 @@ class _Current:
             copy = (part[:, 0], part[:, 1])
             at = (row[part[:, 0]], part[:, 1])
             here = value.at(copy)
-            delta = changes(cut.dictionaries[index], here, cut.reference(index, at)).delta
-            yield at, where[copy], delta, here.x
+            found = changes(cut.dictionaries[index], here, cut.reference(index, at))
+            yield at, where[copy], found.latents - found.baseline, here.x
 
 
 def _nothing(site: Site) -> Targets:

@@ -90,7 +90,7 @@ def value_of(dictionary: Dictionary, index: int, cut: Cut, row: int, position: i
     if other is None:
         return latents
     if isinstance(other, MeanState):
-        return torch.where(latents != 0, latents - other.latents, 0.0)
+        return latents - other.latents
     return latents - dictionary.encode(other.read[row, position])
 
 
