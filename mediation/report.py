@@ -126,8 +126,9 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
         "Top latents", "site", "role", "latent", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
-        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
-        "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
+        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose "
+        "these latents among them; TIE, NIE: measured, at all positions; recurs: tier, and share of held-out prompts "
+        "whose own graph keeps it",
     )  # fmt: skip
     table.add_column("label", max_width=40, min_width=12)
     for row in result["top_latents"][:SHOWN]:
