@@ -45,7 +45,7 @@ from mediation.metasplit import meta_split
 from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
-from mediation.quality import geometry, meta_against_null, meta_beside, text_quality, with_published
+from mediation.quality import geometry, meta_against_null, meta_beside, meta_made_from, text_quality, with_published
 from mediation.runs import Run, peak_memory_mb
 from mediation.subject import SubjectModel
 from mediation.trace import (
@@ -473,10 +473,14 @@ def quality_command(
         notes += [f"No absorption figure: {absorbed.reason}."] if absorbed.reason else []
     else:
         notes.append("Absorption needs --model and --spelling.")
+    made: dict[str, Any] = {}
     if (meta := meta or meta_beside(dictionary)) is not None:
         decomposition = MetaDictionary.load(meta, device=str(dictionary.decoder.device))
         decomposition.check(dictionary)
-        figures |= meta_against_null(decomposition, dictionary.decoder[alive], seed=seed)
+        with report.bar("null of the meta-SAE", quiet) as tick:
+            figures |= meta_against_null(decomposition, dictionary.decoder[alive], seed=seed, progress=tick)
+        made = meta_made_from(decomposition)
+        notes += [report.meta_made(made)] if made else []
     else:
         notes.append("There is no meta-SAE beside the dictionary; name one with --meta.")
     result = {
@@ -487,6 +491,7 @@ def quality_command(
         "figures": with_published(figures),
         "probe_f1": absorbed.probe_f1 if absorbed else {},
         "meta": None if meta is None else str(meta),
+        "meta_made_from": made,
         "notes": notes,
     }
     if not quiet:

@@ -284,11 +284,11 @@ def measure_fidelity(
 
 
 def attention_sinks(x: Tensor, real: Tensor) -> Tensor:
-    """Positions [B, T] whose norm is over `SINK_NORM` times that of their row's quiet ones (the lower decile, which
+    """Positions [B, T] whose norm is over `SINK_NORM` times that of their row's quiet ones (the lower quartile, which
     holds where most of a row are sinks: a run of end-of-text tokens); x [B, T, d], real [B, T].
     """
     norms = x.float().norm(dim=-1).masked_fill(~real, torch.nan)
-    return norms > SINK_NORM * norms.nanquantile(0.1, dim=1, keepdim=True, interpolation="lower")
+    return norms > SINK_NORM * norms.nanquantile(0.25, dim=1, keepdim=True, interpolation="lower")
 
 
 def _reconstruct(dictionary: Dictionary, x: Tensor, read: Tensor) -> tuple[Tensor, float, int]:

@@ -21,13 +21,12 @@ function of the rows. Values are the smallest sets that are far more linear than
 5. Directions: least squares of rows on memberships, of least norm, so that an attribute's values are told from
    their middle; the bias takes the rest. A two-valued attribute becomes two opposite meta-latents, so that codes are
    never negative.
-6. Encoder: least squares of memberships on rows in the signal space, and a threshold half-way between the mean
+7. Encoder: least squares of memberships on rows in the signal space, and a threshold half-way between the mean
    of members and others. That is an affine map and a threshold: a JumpReLU autoencoder in SAELens' format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from mediation.errors import MediationError
-from mediation.metalatents import MetaDictionary, checked_rows
+from mediation.metalatents import TRAINED_ON, MetaDictionary, Progress, checked_rows
 
 STARTS = 256  # of each kind: rows, random directions, directions of much variance
 TAILS = ((1 / 32, 1 / 16, 1 / 8), (1 / 4, 1 / 2))  # t, small ones until they find nothing more
@@ -49,11 +48,13 @@ RELATIVE_EXCESS = 0.5  # and relative to the clearest set of the round
 SAME = 0.7  # intersection over union from which two sets are one
 INSIDE = 0.85  # share of a set in another from which it counts as its subset
 OVERLAP = 0.12  # share of a value's rows that may also have another value of the attribute
+BIMODAL = 0.8  # share of variance between halves from which a value is two; .64 of a normal distribution's
+APART = 1 / 8
+ABOVE_EDGE = 1.5  # and how far beyond noise that variance must be
+LEAST_SPREAD = 1e-2  # of the residual in a direction, relative to its mean: a bound on its weight
 UNEXPLAINED = 0.5  # least part of a set's variance that attributes must leave, for a fact of its own
 CLIMB, POLISH, ROUNDS, PASSES = 20, 12, 6, 3
 MAX_ROWS = 4096  # rows the facts are searched on
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -84,7 +85,7 @@ def train_factored(
 
 
 def find_values(rows: Tensor, *, seed: int = 0, progress: Progress = lambda done, of: None) -> Values:
-    """Steps 1 to 4, on unit rows [n, d]."""
+    """Steps 1 to 5, on unit rows [n, d]."""
     search = _Search(rows, seed)
     attributes: list[Tensor] = []
     known = sets = torch.zeros(len(rows), 0, dtype=torch.bool)
@@ -94,7 +95,10 @@ def find_values(rows: Tensor, *, seed: int = 0, progress: Progress = lambda done
         new = search.attributes(sets, known)
         if not new:
             break
-        attributes += new
+        attributes = search.refined(attributes + new)
+        known = torch.cat(attributes, dim=1)
+    if attributes:
+        attributes = search.divided(attributes)
         known = torch.cat(attributes, dim=1)
     sets = sets[:, search.excess(sets) > CLEAR_EXCESS]
     if known.shape[1]:
@@ -127,7 +131,7 @@ def signal_space(rows: Tensor) -> Tensor:
 
 
 class _Search:
-    """Steps 2 to 4 on whitened rows q [n, D]. A set is a column of zeros and ones over rows."""
+    """Steps 2 to 5 on rows in signal space, x [n, D], or q [n, D] whitened. A set is a column of zeros and ones."""
 
     def __init__(self, rows: Tensor, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -135,6 +139,7 @@ class _Search:
         self.q = (rows - rows.mean(0)) @ whiten
         self.n = len(rows)
         self.power = whiten.square().sum(0).reciprocal()  # variance of the rows along each direction
+        self.x = self.q * self.power.sqrt()  # as long as they are, in which noise is alike in all directions
         self.chance = self._chance()
 
     def sets(self, known: Tensor) -> Tensor:
@@ -171,6 +176,51 @@ class _Search:
                 taken |= set(parts)
                 found.append(members)
         return found
+
+    def refined(self, attributes: list[Tensor]) -> list[Tensor]:
+        """Step 5: every row to the value nearest to what the other attributes leave of it, until nothing moves."""
+        attributes = list(attributes)
+        for _ in range(POLISH):
+            before = list(attributes)
+            means, residual = self._fit(attributes)
+            # Attributes that are not found yet are in the residual too: distances are relative to its spread.
+            spread, axes = torch.linalg.eigh(residual.T @ residual / self.n)
+            level = axes * spread.clamp_min(LEAST_SPREAD * spread.mean()).rsqrt()
+            residual = residual @ level
+            for number, mean in enumerate(means):
+                mean = mean @ level
+                target = residual + attributes[number].float() @ mean
+                members = one_hot(torch.cdist(target, mean).argmin(1), len(mean)).bool()
+                if members.sum(0).min() >= LEAST_MEMBERS:
+                    attributes[number] = members
+                    residual = target - members.float() @ mean
+            if all(map(torch.equal, attributes, before)):
+                return attributes
+        return attributes
+
+    def divided(self, attributes: list[Tensor]) -> list[Tensor]:
+        """Step 5: attributes whose merged values are told apart, the clearest first, and refined again after each."""
+        while True:
+            means, residual = self._fit(attributes)
+            halves = [
+                (*_half(residual, members[:, value], float(torch.pdist(mean).square().mean())), number, value)
+                for number, (members, mean) in enumerate(zip(attributes, means, strict=True))
+                for value in range(members.shape[1])
+            ]
+            clear, half, number, value = max(halves, key=lambda found: found[0], default=(0.0, torch.empty(0), 0, 0))
+            if clear < BIMODAL:
+                return attributes
+            members = torch.cat([attributes[number], half[:, None]], dim=1)
+            members[half, value] = False
+            attributes = self.refined([*attributes[:number], members, *attributes[number + 1 :]])
+
+    def _fit(self, attributes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Least squares of rows on memberships: each attribute's means [values, D], and the residual [n, D]."""
+        if not attributes:
+            return [], self.x
+        inside = _centred(torch.cat(attributes, dim=1))
+        means = torch.linalg.pinv(inside, rtol=1e-3) @ self.x
+        return list(means.split([members.shape[1] for members in attributes])), self.x - inside @ means
 
     def excess(self, sets: Tensor) -> Tensor:
         """R^2 above chance, as a share of what chance leaves to 1, [m]."""
@@ -258,6 +308,16 @@ class _Search:
         return members
 
 
+def two_means(y: Tensor) -> tuple[Tensor, float]:
+    """Which numbers [n] are the lower ones when cut in two so that least variance is left; the share it explains."""
+    y = y - y.mean()
+    order = y.sort().values
+    lower = torch.arange(1, len(y))
+    between = order.cumsum(0)[:-1].square() * (1 / lower + 1 / (len(y) - lower))
+    cut = int(between.argmax())
+    return y <= order[cut], float(between[cut] / y.square().sum().clamp_min(1e-12))
+
+
 def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
     """Of sets [n, k] and [n, m]: [k, m]."""
     both = a.float().T @ b.float()
@@ -303,6 +363,10 @@ def partitions(sets: Tensor) -> list[list[int]]:
                 family.append(best)
                 shared = shared + both[best]
                 covered = covered + size[best]
+            # Two rare values of different attributes meet in few rows too; all others of the family cover such a stray.
+            while (stray := (shared[family] / size[family] - 1).max(0)).values > OVERLAP:
+                gone = family.pop(int(stray.indices))
+                shared, covered = shared - both[gone], covered - size[gone]
             miss = float(n - covered)
             if -OVERLAP * n <= miss <= 2 * size[family].max():
                 families[tuple(sorted(family))] = (len(family), -abs(miss))
@@ -323,6 +387,30 @@ def _climb(q: Tensor, directions: Tensor, tail: float) -> Tensor:
         sets = further
         directions = _predictor(q, sets)
     return sets
+
+
+def _half(residual: Tensor, inside: Tensor, apart: float) -> tuple[float, Tensor]:
+    """One half [n] of a value's rows, and how clearly they fall in two: the share of variance along their direction.
+
+    0 unless they vary more than all other rows do along it, and than noise in so many dimensions would (the edge of
+    Marchenko and Pastur): an attribute not found yet divides the rows of all values alike. And 0 unless the halves are
+    APART of the attribute's values apart (their mean squared distance): rows are of unit length, so that a value
+    counts for less beside long ones.
+    """
+    own = residual[inside] - residual[inside].mean(0)
+    half = torch.zeros_like(inside)
+    if len(own) < 2 * LEAST_MEMBERS:
+        return 0.0, half
+    direction = torch.linalg.svd(own, full_matrices=False).Vh[0]
+    along = own @ direction
+    edge = (1 + (own.shape[1] / len(own)) ** 0.5) ** 2
+    if along.var() < ABOVE_EDGE * edge * (residual[~inside] @ direction).var():
+        return 0.0, half
+    low, share = two_means(along)
+    half[inside] = low
+    gap = float(along[~low].mean() - along[low].mean())
+    enough = LEAST_MEMBERS <= int(low.sum()) <= len(own) - LEAST_MEMBERS and gap**2 > APART * apart
+    return (share if enough else 0.0), half
 
 
 def _predictor(q: Tensor, sets: Tensor) -> Tensor:
@@ -349,7 +437,7 @@ def _distinct(sets: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_sae(rows: Tensor, values: Values, base_hash: str | None) -> JumpReLUSAE:
-    """Steps 5 and 6."""
+    """Steps 6 and 7."""
     inside = values.members.float()
     mean, share = rows.mean(0), inside.mean(0)
     directions = torch.linalg.pinv(_centred(values.members), rtol=0.02) @ (rows - mean)
@@ -362,7 +450,7 @@ def _to_sae(rows: Tensor, values: Values, base_hash: str | None) -> JumpReLUSAE:
     at_others = (membership * (1 - inside)).sum(0) / (1 - inside).sum(0)
     about = SAEMetadata(
         training_architecture="factored",
-        trained_on="decoder rows",
+        trained_on=TRAINED_ON,
         attribute=values.attribute.tolist(),
         base_hash=base_hash,
     )

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,10 +41,13 @@ from mediation.dictionaries import Autoencoder, Dictionary, open_folder, weight_
 from mediation.errors import FidelityWarning, MediationError
 
 FEW_ROWS = 200  # below, planted meta-latents were recovered only half of the time
+TRAINED_ON = "decoder rows"  # how a meta-dictionary's metadata tells it from a dictionary
 DEAD_AFTER = 50  # steps without firing
 DEAD_WEIGHT = 1 / 16
 MIN_BATCH, MAX_BATCH = 256, 16384
 MAX_DENSE = 2**26  # numbers in one block of inner products (256 MiB)
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -87,7 +91,8 @@ class MetaDictionary(Decomposition):
     """A meta-SAE: an autoencoder on the decoder rows of a dictionary.
 
     directions [d_meta, d_model], unit rows; bias [d_model]; base_hash: content hash of the dictionary whose
-    rows it was trained on, where known; content_hash: sha256 of its weight file, None until saved or loaded.
+    rows it was trained on, where known; content_hash: sha256 of its weight file, None until saved or loaded;
+    metadata: SAELens' notes in cfg.json; what `mediation train meta` adds is listed in mediation.training.meta.
     """
 
     def __init__(self, sae: SAE[Any], *, name: str = "meta", content_hash: str | None = None) -> None:
@@ -112,23 +117,29 @@ class MetaDictionary(Decomposition):
         restarts: int = 3,
         center: bool = False,
         base_hash: str | None = None,
+        progress: Progress = lambda done, of: None,
     ) -> MetaDictionary:
         """Train on rows [n, d], on their device, `restarts` times; the best reconstruction is kept.
 
         width: number of meta-latents; too few merges facts and ruins the rest, too many is harmless (the
         surplus stays silent), so aim at 1.5 times the facts expected. k: meta-latents per row, on average.
         batch: rows per step, by default an eighth of the rows but at least 256. center: hold the bias at the
-        mean row and not at 0, for rows that are mostly one common direction. Warns below 200 rows.
+        mean row and not at 0, for rows that are mostly one common direction. progress: called with (steps done,
+        of). Warns below 200 rows.
         """
         rows = checked_rows(rows)
         if not 1 <= k < width:
             raise MediationError(f"A meta-SAE of width {width} cannot use {k} per row; make 1 <= k < width.")
         bias = rows.mean(0) if center else torch.zeros_like(rows[0])
         batch = batch or min(max(MIN_BATCH, len(rows) // 8), MAX_BATCH)
-        starts = [
-            _to_sae(_fit(rows - bias, width, k, steps, batch, lr, start), bias, k, base_hash)
-            for start in range(seed * restarts, (seed + 1) * restarts)
-        ]
+        starts = []
+        for at in range(restarts):
+
+            def tick(step: int, before: int = at * steps) -> None:
+                progress(before + step, restarts * steps)
+
+            weights = _fit(rows - bias, width, k, steps, batch, lr, seed * restarts + at, tick)
+            starts.append(_to_sae(weights, bias, k, base_hash))
         return max(map(cls, starts), key=lambda meta: meta.variance_explained(rows))
 
     @classmethod
@@ -155,7 +166,8 @@ class MetaDictionary(Decomposition):
                 f"Meta-SAE '{self.name}' reads {self.d_model} dimensions but dictionary '{dictionary.name}' "
                 f"has {dictionary.d_model}; train a meta-SAE on this dictionary."
             )
-        if self.base_hash not in (None, dictionary.content_hash):
+        bases = {self.base_hash} if self.base_hash else set(self.metadata.dictionaries or ())
+        if bases and dictionary.content_hash not in bases:
             raise MediationError(
                 f"Meta-SAE '{self.name}' was trained on another dictionary than '{dictionary.name}'; "
                 "train a meta-SAE on this dictionary."
@@ -259,8 +271,10 @@ def checked_rows(rows: Tensor) -> Tensor:
     return rows
 
 
-def _fit(rows: Tensor, width: int, k: int, steps: int, batch: int, lr: float, seed: int) -> _Weights:
-    """Steps 2 to 4, on rows less the bias."""
+def _fit(
+    rows: Tensor, width: int, k: int, steps: int, batch: int, lr: float, seed: int, tick: Callable[[int], None]
+) -> _Weights:
+    """Steps 2 to 4, on rows less the bias. tick: called with the steps done."""
     generator = torch.Generator().manual_seed(seed)
     start = normalize(torch.randn(width, rows.shape[1], generator=generator), dim=1).to(rows.device)
     directions = start.clone().requires_grad_()
@@ -289,6 +303,7 @@ def _fit(rows: Tensor, width: int, k: int, steps: int, batch: int, lr: float, se
             adam.step()
             directions.copy_(normalize(directions, dim=1))
         decay.step()
+        tick(step + 1)
     encoder, directions = encoder.detach(), directions.detach()
     # Half-way between the last code that is on and the first that is off.
     border = (rows @ encoder).relu().flatten().topk(k * len(rows) + 1).values[-2:]
@@ -305,7 +320,7 @@ def _dead_loss(residual: Tensor, inputs: Tensor, directions: Tensor, dead: Tenso
 
 def _to_sae(weights: _Weights, bias: Tensor, k: int, base_hash: str | None) -> JumpReLUSAE:
     width, d = weights.directions.shape
-    about = SAEMetadata(training_architecture="batchtopk", trained_on="decoder rows", k=k, base_hash=base_hash)
+    about = SAEMetadata(training_architecture="batchtopk", trained_on=TRAINED_ON, k=k, base_hash=base_hash)
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d, d_sae=width, device=str(bias.device), metadata=about))
     sae.load_state_dict(
         {

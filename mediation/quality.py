@@ -10,7 +10,8 @@
    writes along two (Chanin et al. 2024, A.2), so a low cosine is absorption's trace in the weights.
 5. Absorption on first letters (`mediation.absorption`).
 6. The meta-SAE against a null: its variance explained on the rows in use, and that of one trained alike on the same
-   rows each turned to a random direction, which share nothing.
+   rows each turned to a random direction, which share nothing. What `mediation train meta` found for both is in the
+   meta-SAE's metadata; its null is taken from there, others are trained here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from torch.nn.functional import normalize
 from mediation.contexts import Reader, blocks, window_length
 from mediation.dictionaries import Dictionary, measure_fidelity
 from mediation.errors import MediationError
-from mediation.metalatents import Decomposition, MetaDictionary, rotated
+from mediation.metalatents import MetaDictionary, Progress, rotated
 from mediation.subject import SubjectModel
 from mediation.training.activations import windows
 from mediation.training.text import documents_of, held_out
@@ -38,6 +40,17 @@ SAME = 0.7  # cosine from which two rows are taken for one latent, as in the met
 MAX_COSINES = 2**24  # held at once
 NULL_STEPS = 800
 FIDELITY_TOKENS = 8_192
+MADE = (
+    "dictionaries",
+    "rows",
+    "dead_dropped",
+    "weights",
+    "seed",
+    "codes_per_row",
+    "held_out",
+    "variance_explained",
+    "null_variance_explained",
+)  # of a meta-SAE's metadata, see mediation.training.meta
 
 
 @dataclass(frozen=True)
@@ -194,18 +207,37 @@ def meta_beside(dictionary: Dictionary) -> Path | None:
     return next((place for place in places if (place / "cfg.json").is_file()), None)
 
 
-def meta_against_null(meta: Decomposition, rows: Tensor, *, seed: int = 0) -> dict[str, float]:
-    """Step 6 on the decoder rows in use, [n, d]."""
+def meta_against_null(
+    meta: MetaDictionary, rows: Tensor, *, seed: int = 0, progress: Progress = lambda done, of: None
+) -> dict[str, float]:
+    """Step 6 on the decoder rows in use, [n, d]. progress: called with (steps done, of) while a null is trained."""
     on = (meta.codes(rows) != 0).sum(1).double().mean()
-    null = rotated(rows, seed)
-    alike = MetaDictionary.train(
-        null, width=len(meta.directions), k=max(1, round(float(on))), steps=NULL_STEPS, restarts=1, seed=seed
-    )
+    null = meta.metadata.null_variance_explained
+    if null is None:
+        turned = rotated(rows, seed)
+        alike = MetaDictionary.train(
+            turned,
+            width=len(meta.directions),
+            k=max(1, round(float(on))),
+            steps=NULL_STEPS,
+            restarts=1,
+            seed=seed,
+            progress=progress,
+        )
+        null = alike.variance_explained(turned)
     return {
         "meta_variance_explained": meta.variance_explained(rows),
-        "meta_variance_explained_null": alike.variance_explained(null),
+        "meta_variance_explained_null": null,
         "meta_l0": float(on),
     }
+
+
+def meta_made_from(meta: MetaDictionary) -> dict[str, Any]:
+    """What `mediation train meta` noted of a meta-SAE; empty for one made otherwise."""
+    about = meta.metadata
+    if about.null_variance_explained is None:
+        return {}
+    return {"method": about.training_architecture, "width": meta.d_meta} | {name: about[name] for name in MADE}
 
 
 def with_published(figures: dict[str, float | None]) -> dict[str, dict[str, object]]:

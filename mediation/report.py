@@ -19,6 +19,7 @@ from circuits.contrast import ALPHA, Contrast
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from circuits.supernodes import Supernode
+from circuits.viewer.text import probability
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -125,13 +126,12 @@ def calibration(figures: dict[str, Any], warnings: Sequence[str]) -> None:
 def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
-        "Top latents", "site", "role", "latent", "fires on", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
-        caption="attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
-        "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
+        "Top latents", "site", "role", "latent", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
+        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose "
+        "these latents among them; TIE, NIE: measured, at all positions; recurs: tier, and share of held-out prompts "
+        "whose own graph keeps it",
     )  # fmt: skip
-    labelled = any(row["label"] for row in result["top_latents"][:SHOWN])
-    if labelled:
-        table.add_column("label", max_width=40)
+    table.add_column("label", max_width=40, min_width=12)
     for row in result["top_latents"][:SHOWN]:
         one = measured.get((row["site"], row["latent"]), {})
         token = model.tokenizer.decode([row["token"]]) if model.tokenizer is not None else str(row["token"])
@@ -139,10 +139,10 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
         interval = rf"\[{row['low']:+.2f}, {row['high']:+.2f}]"
         table.add_row(
             _short(row["site"]), escape(row["role"]), "error" if error else str(row["latent"]),
-            "" if error else escape(token.strip()), f"{row['attribution']:+.2f} {interval}",
+            f"{row['attribution']:+.2f} {interval}",
             _number(None if error else one.get("tie")), _number(None if error else one.get("nie")),
             tier_text(row) or "-",
-            *([escape(row["label"] or "")] if labelled else []),
+            "" if error else escape(row["label"] or f"on '{token.strip()}'"),
         )  # fmt: skip
     console.print(table)
 
@@ -254,7 +254,9 @@ def contrast(found: Contrast, first: str, second: str) -> None:
 
 
 def _differences(row: dict[str, Any]) -> list[str]:
-    return [f"{row[name]:+.2f}" for name in ("first", "second", "difference")] + [f"{row[k]:.3f}" for k in ("p", "q")]
+    return [f"{row[name]:+.2f}" for name in ("first", "second", "difference")] + [
+        probability(row[k]) for k in ("p", "q")
+    ]
 
 
 def flagging(prompts: int, seconds: float) -> None:
@@ -304,6 +306,16 @@ def quality(result: dict[str, Any]) -> None:
     console.print(table)
     for note in result["notes"]:
         console.print(escape(note))
+
+
+def meta_made(made: dict[str, Any]) -> str:
+    """What a meta-dictionary was made from, in a sentence."""
+    return (
+        f"Meta-SAE: {made['method']}, {made['width']} meta-latents from {made['rows']} rows of "
+        f"{', '.join(made['dictionaries'].values())} ({made['dead_dropped']} dead dropped, weights {made['weights']}, "
+        f"seed {made['seed']}); variance explained {_number(made['variance_explained'], 3)}, of rotated "
+        f"rows {_number(made['null_variance_explained'], 3)}."
+    )
 
 
 def label_opening(dictionaries: Sequence[Dictionary], n_tokens: int, seconds: float) -> None:

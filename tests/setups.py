@@ -111,12 +111,12 @@ def linear_model(folder: Path) -> SubjectModel:
 
 
 def detector_model(folder: Path, detected: int = 6) -> SubjectModel:
-    """A tiny Llama whose first words, w0 to w5, have the embeddings 10 e_k; no other word reaches along those axes."""
+    """A tiny Llama whose first words, w0 to w5, have the embeddings 6 e_k; no other word reaches along those axes."""
     model = tiny(folder)
     weight = model.module.get_input_embeddings().weight.data
     weight[:, :detected] = 0.0
     weight[3 : 3 + detected] = 0.0
-    weight[3 : 3 + detected, :detected] = 10 * torch.eye(detected)
+    weight[3 : 3 + detected, :detected] = 6 * torch.eye(detected)
     return model
 
 
@@ -127,7 +127,7 @@ def detector_dictionary(folder: Path, detected: int = 6) -> Dictionary:
     )
     axes = torch.eye(D_MODEL)[: detected + 1]
     sae.W_enc.data, sae.W_dec.data = axes.T.contiguous(), axes.contiguous()
-    sae.b_enc.data = torch.full((detected + 1,), -5.0)
+    sae.b_enc.data = torch.full((detected + 1,), -1.0)
     sae.b_enc.data[-1] = -1e6
     sae.b_dec.data = torch.zeros(D_MODEL)
     sae.save_model(folder)

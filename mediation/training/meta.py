@@ -8,13 +8,19 @@
    named right (docs/meta-benchmark.md), while sparse gains a little variance with parts that mean nothing. Where rows
    share no facts that a readout could tell, sparse takes the published recipe: 4 codes per row, a quarter as many
    meta-latents as rows. The way taken is trained again on all rows.
-   A width or k that the user gives, and rows weighted by use, mean sparse.
+   A width or k that the user gives, and rows weighted by use, mean sparse. Rows are weighted by use by drawing as many
+   of them as there are, with replacement, in proportion to how often their latents fire; rows are held out, and turned
+   for the null, before any is drawn twice.
 3. The null: every row turned to a random direction on its own, then the same training. What is explained beyond it is
    shared between rows.
+4. `cfg.json` keeps, under metadata, what it was made from and how it came out: dictionaries (sha256 of the weights, and
+   the folder's name), rows, dead_dropped, weights, seed, codes_per_row, held_out, variance_explained,
+   null_variance_explained.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +36,8 @@ from torch import Tensor
 from mediation.dictionaries import Autoencoder, open_folder, weight_file_hash
 from mediation.errors import FidelityWarning, MediationError
 from mediation.factored import train_factored
-from mediation.metalatents import FEW_ROWS, MetaDictionary, checked_rows, rotated
+from mediation.metalatents import FEW_ROWS, TRAINED_ON, MetaDictionary, checked_rows, rotated
+from mediation.metalatents import Progress as Tick
 
 DEAD_LOG_DENSITY = -5.0
 HELD_OUT = 0.2
@@ -51,7 +58,12 @@ class Rows:
     use: Tensor | None
     dead: int
     density_known: bool
-    base_hash: str | None  # of the one dictionary; pooled rows belong to none
+    hashes: dict[str, str]  # name of each dictionary's folder by the content hash of its weights
+
+    @property
+    def base_hash(self) -> str | None:
+        """The one dictionary's content hash; pooled rows belong to none."""
+        return next(iter(self.hashes)) if len(self.hashes) == 1 else None
 
 
 @dataclass
@@ -61,17 +73,25 @@ class _Way:
     width: int | None = None
     k: int | None = None
 
-    def train(self, rows: Tensor, seed: int, base_hash: str | None = None) -> MetaDictionary:
+    def train(self, rows: Tensor, seed: int, tick: Tick, base_hash: str | None = None) -> MetaDictionary:
         if self.width is None or self.k is None:
-            return train_factored(rows, seed=seed, base_hash=base_hash)
+            return train_factored(rows, seed=seed, base_hash=base_hash, progress=tick)
         return MetaDictionary.train(
-            rows, width=self.width, k=self.k, steps=STEPS, restarts=RESTARTS, seed=seed, base_hash=base_hash
+            rows,
+            width=self.width,
+            k=self.k,
+            steps=STEPS,
+            restarts=RESTARTS,
+            seed=seed,
+            base_hash=base_hash,
+            progress=tick,
         )
 
 
 def read_rows(folders: Sequence[str | Path]) -> Rows:
-    """Step 1. A folder of dictionary folders counts as all of them."""
-    expanded = [each for folder in map(Path, folders) for each in sorted(c.parent for c in folder.glob("*/cfg.json"))]
+    """Step 1. A folder of dictionary folders counts as all of them, less meta-dictionaries."""
+    within = [config for folder in map(Path, folders) for config in sorted(folder.glob("*/cfg.json"))]
+    expanded = [config.parent for config in within if not _is_meta(config)]
     named = [Path(folder) for folder in folders if not any(Path(folder).glob("*/cfg.json"))] + expanded
     rows, use = [], []
     dead = 0
@@ -94,7 +114,7 @@ def read_rows(folders: Sequence[str | Path]) -> Rows:
         torch.cat(known) if len(known) == len(use) else None,
         dead,
         len(known) == len(use),
-        weight_file_hash(named[0]) if len(named) == 1 else None,
+        {weight_file_hash(folder): folder.resolve().name for folder in named},
     )
 
 
@@ -112,7 +132,7 @@ def train_meta(
     """Steps 1 to 3, into the folder `out`, which must be new or empty. Returns the figures.
 
     weights: "uniform", or "use": rows are drawn as often as their latents fire. announce: gets one line on what is
-    about to be done and about how long it takes. progress: called with (stage, done, of).
+    about to be done and about how long it takes. progress: called with (stage, done, of) of that stage's training.
     """
     if weights not in WEIGHTS:
         raise MediationError(f"--weights is {weights!r}; give one of {', '.join(WEIGHTS)}.")
@@ -121,66 +141,82 @@ def train_meta(
     started = time.perf_counter()
     read = read_rows(folders)
     rows = checked_rows(read.rows)
-    if weights == "use":
-        if read.use is None:
-            raise MediationError(
-                f"Rows cannot be weighted by use: not every folder has a {SPARSITY_FILENAME}; use --weights uniform."
-            )
-        # Training draws rows uniformly, so rows drawn here in proportion to use are weighted by it.
-        drawn = torch.multinomial(read.use, len(rows), True, generator=torch.Generator().manual_seed(seed))
-        rows = rows[drawn]
-    sparse = width is not None or k is not None or weights == "use"
-    announce(f"{len(rows)} rows of width {rows.shape[1]}; about {_estimate(rows, sparse):.0f} s")
+    use = read.use if weights == "use" else None
+    if weights == "use" and use is None:
+        raise MediationError(
+            f"Rows cannot be weighted by use: not every folder has a {SPARSITY_FILENAME}; use --weights uniform."
+        )
+    given = _sparse(len(rows), width, k) if width or k or use is not None else None
+    announce(f"{len(rows)} rows of width {rows.shape[1]}; about {_estimate(rows, given is not None):.0f} s")
+
+    def tick(stage: str) -> Tick:
+        return lambda done, of: progress(stage, done, of)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FidelityWarning)  # said once above
-        progress("choosing", 0, 3)
-        given = _sparse(len(rows), width, k) if sparse else None
-        way, held_out = _choose(rows, seed, given)
-        progress("training", 1, 3)
-        meta = way.train(rows, seed, read.base_hash)
-        progress("null", 2, 3)
-        null = _null(rows, way, seed)
-        progress("null", 3, 3)
-    _save(meta, out)
-    about = meta.metadata
-    attributes = about.attribute or []
-    explained = meta.variance_explained(rows)
-    return {
-        "out": str(out),
-        "method": about.training_architecture,
+        way, held_out = _choose(rows, use, seed, given, tick("choosing, on held-out rows"))
+        drawn = _drawn(rows, use, seed)
+        meta = way.train(drawn, seed, tick("training"), read.base_hash)
+        null = _null(rows, use, way, seed, tick("null"))
+    explained = meta.variance_explained(drawn)
+    made = {
         "rows": len(rows),
-        "few_rows": len(rows) < FEW_ROWS,
         "dead_dropped": read.dead,
-        "density_known": read.density_known,
         "weights": weights,
-        "width": meta.d_meta,
-        "codes_per_row": (meta.codes(rows) > 0).sum(1).float().mean().item(),
-        "attributes": [attributes.count(number) for number in range(max(attributes, default=-1) + 1)],
+        "seed": seed,
+        "codes_per_row": (meta.codes(drawn) > 0).sum(1).float().mean().item(),
         "variance_explained": explained,
         "held_out": held_out,
         "null_variance_explained": null,
+    }
+    about = meta.metadata
+    for name, value in made.items():
+        about[name] = value
+    about.dictionaries = read.hashes
+    _save(meta, out)
+    attributes = about.attribute or []
+    return made | {
+        "out": str(out),
+        "method": about.training_architecture,
+        "few_rows": len(rows) < FEW_ROWS,
+        "density_known": read.density_known,
+        "width": meta.d_meta,
+        "attributes": [attributes.count(number) for number in range(max(attributes, default=-1) + 1)],
         "gap_to_null": explained - null,
-        "seed": seed,
         "seconds": time.perf_counter() - started,
     }
 
 
-def _choose(rows: Tensor, seed: int, given: _Way | None) -> tuple[_Way, dict[str, float]]:
+def _choose(
+    rows: Tensor, use: Tensor | None, seed: int, given: _Way | None, tick: Tick
+) -> tuple[_Way, dict[str, float]]:
     """Step 2: the way to train, and the variance of held-out rows that each way tried explains."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     n_held = max(1, round(HELD_OUT * len(rows)))
-    held, kept = rows[order[:n_held]], rows[order[n_held:]]
+    held, kept = (
+        _drawn(rows[part], None if use is None else use[part], seed) for part in (order[:n_held], order[n_held:])
+    )
     if given is not None:
-        return given, {"sparse": _explained(given.train(kept, seed), held)}
+        return given, {"sparse": given.train(kept, seed, tick).variance_explained(held)}
     try:
-        factored = train_factored(kept, seed=seed)
+        factored = train_factored(kept, seed=seed, progress=tick)
     except MediationError:  # no shared facts
         sparse = _sparse(len(rows), None, None)
-        return sparse, {"sparse": _explained(sparse.train(kept, seed), held)}
+        return sparse, {"sparse": sparse.train(kept, seed, tick).variance_explained(held)}
     per_row = max(1, round((factored.codes(kept) > 0).sum(1).float().mean().item()))
     sparse = _sparse(len(rows), max(per_row + 1, round(WIDTH_PER_META * factored.d_meta)), per_row)
-    tried = {"factored": _explained(factored, held), "sparse": _explained(sparse.train(kept, seed), held)}
+    tried = {
+        "factored": factored.variance_explained(held),
+        "sparse": sparse.train(kept, seed, tick).variance_explained(held),
+    }
     return (_Way() if tried["factored"] >= FACTORED_SHARE * tried["sparse"] else sparse), tried
+
+
+def _drawn(rows: Tensor, use: Tensor | None, seed: int) -> Tensor:
+    """As many rows, drawn in proportion to use: training takes rows uniformly, so that these are weighted."""
+    if use is None:
+        return rows
+    return rows[torch.multinomial(use, len(rows), True, generator=torch.Generator().manual_seed(seed))]
 
 
 def _sparse(n_rows: int, width: int | None, k: int | None) -> _Way:
@@ -188,15 +224,11 @@ def _sparse(n_rows: int, width: int | None, k: int | None) -> _Way:
     return _Way(width or max(k + 1, round(WIDTH_PER_ROW * n_rows)), k)
 
 
-def _explained(meta: MetaDictionary, rows: Tensor) -> float:
-    return meta.variance_explained(rows)
-
-
-def _null(rows: Tensor, way: _Way, seed: int) -> float:
+def _null(rows: Tensor, use: Tensor | None, way: _Way, seed: int, tick: Tick) -> float:
     """Step 3; a factored training that finds nothing shared explains nothing."""
-    turned = rotated(rows, seed)
+    turned = _drawn(rotated(rows, seed), use, seed)
     try:
-        return _explained(way.train(turned, seed), turned)
+        return way.train(turned, seed, tick).variance_explained(turned)
     except MediationError:
         return 0.0
 
@@ -212,6 +244,15 @@ def _estimate(rows: Tensor, sparse: bool) -> float:
     one = (time.perf_counter() - started) / 10 * STEPS * RESTARTS
     # Two or three sparse trainings, or one and three factored ones, which take about as long as a single start each.
     return 3 * one if sparse else 2 * one
+
+
+def _is_meta(config: Path) -> bool:
+    """Whether a cfg.json is a meta-dictionary's, whose rows are facts already."""
+    try:
+        about = json.loads(config.read_text(encoding="utf-8")).get("metadata") or {}
+    except (OSError, ValueError):  # opening it says what is wrong
+        return False
+    return bool(about.get("trained_on") == TRAINED_ON)
 
 
 def _log_density(folder: Path, d_sae: int) -> Tensor | None:

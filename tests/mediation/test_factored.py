@@ -12,12 +12,14 @@ from torch.nn.functional import one_hot
 
 from mediation.errors import FidelityWarning, MediationError
 from mediation.factored import (
+    _Search,
     explained,
     find_values,
     intersection_over_union,
     partitions,
     signal_space,
     train_factored,
+    two_means,
     unions_of_others,
 )
 from mediation.metabench import Planted, Setting, named_right, plant
@@ -173,3 +175,42 @@ def test_unions_partitions_and_explained_by_hand() -> None:
     assert [3, 4] in partitions(sets[:, :5])
     assert partitions(sets[:, :2])[0] == [0, 1]  # the third value is what they leave over
     assert explained(sets[:, [5, 3]], thirds).tolist() == pytest.approx([1, 0], abs=1e-5)
+
+
+def test_a_family_leaves_values_of_other_attributes_out() -> None:
+    """One rare value meets each rare value of another attribute in no more rows than chance lets them."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (one_hot(torch.randperm(960, generator=generator) % 24).bool() for _ in range(2))
+    families = partitions(torch.cat([first, second], dim=1))
+    assert families[:2] == [list(range(24)), list(range(24, 48))] or families[:2] == [
+        list(range(24, 48)),
+        list(range(24)),
+    ]
+
+
+def test_merged_values_are_divided_and_wrong_rows_put_right(planted: Planted) -> None:
+    search = _Search(planted.rows, 0)
+    generator = torch.Generator().manual_seed(1)
+    merged = []
+    for attribute, directions in enumerate(planted.directions):
+        facts = planted.facts[:, attribute].clone()
+        wrong = torch.rand(len(facts), generator=generator) < 0.05
+        facts[wrong] = torch.randint(len(directions), (int(wrong.sum()),), generator=generator)
+        members = one_hot(facts, len(directions)).bool()
+        if len(directions) > 4:  # the last two values are taken for one
+            members = torch.cat([members[:, :-2], members[:, -2:].any(1, keepdim=True)], dim=1)
+        merged.append(members)
+    right = [one_hot(planted.facts[:, a], len(each)).bool() for a, each in enumerate(planted.directions)]
+    found = search.divided(search.refined(merged))
+    assert [members.shape[1] for members in found] == [len(each) for each in planted.directions]
+    for members, truth in zip(found, right, strict=True):
+        assert intersection_over_union(truth, members).max(1).values.min() > 0.99
+    assert [members.shape[1] for members in search.divided(right)] == [len(each) for each in planted.directions]
+
+
+def test_two_means_by_hand() -> None:
+    low, share = two_means(torch.tensor([5.0, -1.0, 4.0, 0.0, 6.0, 1.0]))
+    assert low.tolist() == [False, True, False, True, False, True]
+    assert share == pytest.approx(1 - 4 / 41.5)  # of 41.5 around the mean, 4 are left around the two means
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    assert two_means(normal)[1] == pytest.approx(2 / torch.pi, abs=0.01)

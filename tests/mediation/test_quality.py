@@ -15,13 +15,27 @@ from sae_lens.saes.sae import SAEMetadata
 from torch.nn.functional import normalize
 
 from mediation.absorption import absorption_fractions, measure_absorption, read_words
+from mediation.cli import main
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
+from mediation.metabench import Setting, plant
 from mediation.metalatents import MetaDictionary
-from mediation.quality import geometry, max_cosines, meta_against_null, meta_beside, text_quality, use, with_published
+from mediation.quality import (
+    geometry,
+    max_cosines,
+    meta_against_null,
+    meta_beside,
+    meta_made_from,
+    text_quality,
+    use,
+    with_published,
+)
 from mediation.subject import SubjectModel
+from mediation.training.meta import train_meta
 from tests.setups import detector_dictionary, detector_model, random_dictionary
 from tests.tiny_models import WORDS, tiny_module, tiny_tokenizer
+
+HOOK = "blocks.1.hook_resid_pre"
 
 
 class TestGeometry:
@@ -79,6 +93,27 @@ class TestMeta:
         assert found["meta_variance_explained"] > 0.95
         assert found["meta_variance_explained_null"] < 0.5
         assert found["meta_l0"] == pytest.approx(2, abs=0.3)
+        assert meta_made_from(meta) == {}
+
+    def test_a_null_that_was_trained_beside_it_is_not_trained_again(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = plant(Setting((2, 4, 8), rows=240, noise=0.2), 1).rows
+        sae = StandardSAE(StandardSAEConfig(d_in=128, d_sae=240, metadata=SAEMetadata(hook_name=HOOK)))
+        sae.W_dec.data = rows
+        sae.save_model(tmp_path / "sae")
+        made = train_meta([tmp_path / "sae"], tmp_path / "sae-meta")
+        meta = MetaDictionary.load(tmp_path / "sae-meta")
+        steps: list[int] = []
+        found = meta_against_null(meta, rows, progress=lambda done, of: steps.append(done))
+        assert not steps
+        assert found["meta_variance_explained_null"] == made["null_variance_explained"]
+        assert found["meta_variance_explained"] == pytest.approx(made["variance_explained"], abs=1e-5)
+        main(["inspect", "--dictionary", str(tmp_path / "sae"), "--json"])
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["meta_made_from"]["variance_explained"] == made["variance_explained"]
+        assert list(shown["meta_made_from"]["dictionaries"].values()) == ["sae"]
+        assert any("14 meta-latents from 240 rows of sae" in note for note in shown["notes"])
 
     def test_is_found_beside_the_dictionary(self, tmp_path: Path) -> None:
         dictionary = random_dictionary(tmp_path / "saes" / "layer", "blocks.1.hook_resid_pre")

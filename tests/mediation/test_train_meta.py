@@ -14,10 +14,12 @@ from torch.nn.functional import one_hot
 
 from mediation import metabench
 from mediation.cli import main
-from mediation.errors import FidelityWarning
+from mediation.dictionaries import Dictionary
+from mediation.errors import FidelityWarning, MediationError
 from mediation.metabench import Setting, methods, named_right, plant, run_bench
 from mediation.metalatents import MetaDictionary
-from mediation.training.meta import read_rows
+from mediation.sites import Site, Stream
+from mediation.training.meta import read_rows, train_meta
 from tests.test_cli import refused
 
 SMALL = Setting((2, 4, 8), rows=240, noise=0.2)
@@ -50,6 +52,9 @@ def test_facts_end_in_a_folder_saelens_opens(tmp_path: Path, capsys: pytest.Capt
     assert SAE.load_from_disk(tmp_path / "meta").cfg.architecture() == "jumprelu"
     meta = MetaDictionary.load(tmp_path / "meta")
     assert meta.base_hash == read_rows([base]).base_hash
+    kept = ("rows", "seed", "held_out", "variance_explained", "null_variance_explained", "weights", "codes_per_row")
+    assert {name: meta.metadata[name] for name in kept} == {name: result[name] for name in kept}
+    assert meta.metadata.dictionaries == {meta.base_hash: "sae"}
     assert named_right(planted, meta.codes(planted.rows), meta.directions, seed=0)[1] > 0.95
     assert {path.name for path in tmp_path.iterdir()} == {"sae", "meta"}
 
@@ -64,6 +69,8 @@ def test_dead_rows_are_dropped_and_dictionaries_pooled(tmp_path: Path) -> None:
     assert (len(one.rows), one.dead, one.density_known) == (215, 25, True)
     assert torch.allclose(one.rows, rows[25:], atol=1e-5)
     assert (len(both.rows), both.dead, both.base_hash) == (430, 50, None)
+    MetaDictionary.train(rows, width=4, k=1, steps=2, restarts=1).save(tmp_path / "saes" / "a-meta")
+    assert len(read_rows([tmp_path / "saes"]).rows) == 430  # rows of a meta-dictionary are no latents
     bare = dictionary(tmp_path / "c", torch.cat([torch.zeros(3, 128), rows[3:]]))
     assert (len(read_rows([bare]).rows), read_rows([bare]).density_known) == (237, False)
 
@@ -80,6 +87,39 @@ def test_width_k_and_use_mean_a_sparse_one(tmp_path: Path, capsys: pytest.Captur
     assert result["codes_per_row"] == pytest.approx(3, abs=0.05)
     meta = MetaDictionary.load(tmp_path / "meta")
     assert meta.variance_explained(rows[100:]) > meta.variance_explained(rows[:100])
+
+
+def test_pooled_rows_belong_to_their_dictionaries_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = plant(SMALL, 1).rows
+    folders = [dictionary(tmp_path / name, rows + 0.01 * n) for n, name in enumerate("abc")]
+    main(["train", "meta", *folders[:2], "--out", str(tmp_path / "meta"), "--json"])
+    capsys.readouterr()
+    meta = MetaDictionary.load(tmp_path / "meta")
+    assert sorted(meta.metadata.dictionaries.values()) == ["a", "b"]
+    for folder in folders[:2]:
+        meta.check(Dictionary.load(folder, site=Site(0, Stream.RESID_PRE)))
+    with pytest.raises(MediationError, match="another dictionary"):
+        meta.check(Dictionary.load(folders[2], site=Site(0, Stream.RESID_PRE)))
+
+
+def test_a_row_drawn_twice_is_neither_held_out_nor_turned_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighted by use, rows repeat. All rows are orthogonal here: what is held out shares nothing with what is kept."""
+    density = torch.logspace(-4, -0.5, 240)
+    base = dictionary(tmp_path / "sae", torch.eye(240), density)
+    trained: list[Tensor] = []
+    real = MetaDictionary.train.__func__  # type: ignore[attr-defined]
+
+    def train(cls: type[MetaDictionary], rows: Tensor, **chosen: object) -> MetaDictionary:
+        trained.append(rows)
+        return real(cls, rows, **chosen)
+
+    monkeypatch.setattr(MetaDictionary, "train", classmethod(train))
+    result = train_meta([base], tmp_path / "meta", width=40, k=1, weights="use")
+    assert result["held_out"]["sparse"] < 0.05 < result["variance_explained"]
+    distinct = [len(rows.unique(dim=0)) for rows in trained[-2:]]  # the training on all rows, and the null's
+    assert distinct[0] == distinct[1] < 200
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
