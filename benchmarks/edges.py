@@ -1,23 +1,39 @@
-"""Edges of an attribution graph three ways, side by side in one run, on the same nodes, with equal results.
+"""Edges of an attribution graph by several algorithms, side by side in one run, on the same nodes, with equal results.
 
     python benchmarks/edges.py > edges.json
     python benchmarks/edges.py --model smollm2 --saes PACK/saes --prompts prompts.jsonl --threads 2 > edges.json
 
-1. `ours`: circuits.edges, different prompts and targets packed into one backward pass.
-2. `one_backward_per_target`: the algorithm of sparse feature circuits (Marks et al. 2024).
-3. `one_prompt_repeated`: the algorithm of circuit-tracer (Ameisen et al. 2025): a prompt is run in B equal copies,
-   one target's gradient is injected into each, and one backward pass goes through the whole model.
+1. `ours`: circuits.edges.
+2. `sparse_feature_circuits`: the loop of Marks et al. 2024 as `attribution.jvp` of their repository has it. For each
+   pair of neighbouring sites a forward pass of the whole model with both dictionaries in the graph (the site goes on as
+   reconstruction plus error, the error's gradient set to zero), then for each downstream latent one `backward`, which
+   runs from there to the embeddings, over the whole batch of prompts and into the parameters, none of which are frozen;
+   the gradient of the upstream latents is dense, [B, T, d_sae], and so is its product with their change. Prompts are
+   batched as theirs are, at their smallest default of two (`get_circuit_cluster`; their scripts use 6 to 20).
+3. `one_backward_per_target`: the same idea, given what is ours to give: one forward with sites cut from one another,
+   parameters frozen, only active decoder rows, and for each target one pass for all upstream sites together.
+4. `one_prompt_repeated`: the loop of circuit-tracer (Ameisen et al. 2025), `AttributionContext.compute_batch`. A prompt
+   is run in B equal copies; targets of any layers, in order of influence (here shuffled), are injected one into each
+   copy; one backward pass runs from the deepest layer through the whole model to the embeddings, contracting at every
+   site. They attach transcoders to a model with frozen MLPs; here it is given sites cut from one another, frozen
+   parameters and, as theirs has, only active decoder rows.
+5. `one_prompt_repeated_in_order`: the same with targets in order of their places, so that a pass runs only through the
+   stretches of its own targets.
 
-Both baselines are written out plainly below. They are given what is ours to give: the sites cut from one another,
-frozen parameters, only active decoder rows, and per target one pass for all upstream sites together. A method's time
-has its forward passes in it. Every method's edges are compared with ours before a time is printed. The share of peak
-is the floor of operations in circuits.edges over the time, beside a matrix product of this machine in this run.
+A method's time has its forward passes in it. Every method's edges are compared with ours before a time is printed.
+Repeats alternate between the methods and their median counts; with one thread it is processor time, so that other
+programs on the machine do not count. The slow `sparse_feature_circuits` is timed on the first `--few` prompts of the
+set, and its time is scaled by the number of targets. `share_of_peak` is the floor of operations in circuits.edges over
+the time, beside a matrix product of this machine in this run. `nodes` compares node attribution of the set with a bare
+forward and backward pass of the model, parameters frozen and last-position logits only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +47,10 @@ from torch import Tensor
 import mediation
 from circuits.edges import REST, Edges, Sources, Targets, edges
 from mediation.commands import Source, load_dictionaries
+from mediation.dictionaries import Dictionary
+from mediation.estimators.common import contract as contract_nodes
+from mediation.estimators.common import states_and_gradients
+from mediation.loading import ARCHITECTURES
 from mediation.nodes import site_states
 from mediation.prompts import Baseline, Batch, PromptSet, batches, collate, tokenize
 from mediation.sites import Site, Stream
@@ -45,22 +65,23 @@ class Task:
     """A batch with its sources, in execution order, and the targets of each place."""
 
     batch: Batch
+    dictionaries: list[Dictionary]
     sources: list[Sources]
     targets: list[Targets]
 
 
 def make_task(model: SubjectModel, batch: Batch, dictionaries: list, per_site: int, baseline: Baseline) -> Task:
-    """Of every site and prompt, `per_site` of its nodes as targets, evenly spread."""
+    """Of every site and prompt, `per_site` of the latents that are on as targets, evenly spread."""
     states = site_states(model, batch, dictionaries, baseline)
     sources = [Sources.embeddings(model, batch, baseline)] + [Sources.of(state) for state in states]
     targets = []
     for state in states:
         chosen = []
         for row in range(len(batch)):
-            mine = (state.row == row).nonzero()[:, 0]
+            mine = ((state.row == row) & (state.clean != 0)).nonzero()[:, 0]
             chosen.append(mine[torch.linspace(0, len(mine) - 1, min(per_site, len(mine))).long()])
         targets.append(Targets.latents(state, torch.zeros_like(state.x), torch.cat(chosen)))
-    return Task(batch, sources, targets)
+    return Task(batch, dictionaries, sources, targets)
 
 
 # Every method yields, for a target of a place, its edges from all sources: {(place, target): {source: weights}}, the
@@ -89,8 +110,76 @@ def cut_forward(model: SubjectModel, task: Task, rows: Tensor) -> tuple[list[Ten
     batch = task.batch.rows(rows)
     length = int(batch.mask.sum(1).max())
     sites = [each.site for each in task.sources]
-    run = model.forward(batch.clean[:, :length], batch.mask[:, :length], cut=sites, grad=True, logits=False)
+    places = [each.place for each in task.targets if isinstance(each.place, Site)]
+    run = model.forward(
+        batch.clean[:, :length], batch.mask[:, :length], read=places, cut=sites, grad=True, logits=False
+    )
     return [run.sites[each.place] for each in task.targets], [run.leaves[site] for site in sites]  # type: ignore[index]
+
+
+def sparse_feature_circuits(model: SubjectModel, tasks: list[Task], _: int) -> list[Found]:
+    """For residual dictionaries without run-time normalisation; the embeddings are a source without a dictionary."""
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(True)
+    every = []
+    for task in tasks:
+        found: Found = {}
+        for place, targets in enumerate(task.targets):
+            (own,) = (i for i, each in enumerate(task.sources) if i > 0 and each.site == targets.place)
+            for k, weights in enumerate(one_pair(model, task, own - 1, targets)):
+                found[place, k] = {own - 1: weights}
+        every.append(found)
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return every
+
+
+def one_pair(model: SubjectModel, task: Task, source: int, targets: Targets) -> list[Tensor]:
+    """Their `jvp` from a source to the next site's targets, on a batch of prompts: weights [n] for each target."""
+    sources = task.sources[source]
+    blocks = model.module.get_submodule(ARCHITECTURES[model.architecture].blocks)
+    up = task.dictionaries[source - 1] if source > 0 else None
+    down = next(each for each in task.dictionaries if each.site == targets.place)
+    kept: dict[str, Tensor] = {}
+
+    def upstream(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if up is not None:
+            kept["f"] = up.encode(x)
+            kept["f"].retain_grad()
+            x_hat = kept["f"] @ up.decoder + up.b_dec
+            error = x - x_hat
+            error.register_hook(torch.zeros_like)
+            x = x_hat + error
+        kept["x"] = x
+        kept["x"].retain_grad()
+        return (x, *args[1:])
+
+    def downstream(_: Any, args: tuple[Any, ...]) -> None:
+        kept["g"] = down.encode(args[0])
+
+    hooks = [
+        blocks[sources.site.layer].register_forward_pre_hook(upstream),
+        blocks[down.site.layer].register_forward_pre_hook(downstream),
+    ]
+    model.module(input_ids=task.batch.clean, use_cache=False, logits_to_keep=1)  # padding is on the right, and causal
+    for hook in hooks:
+        hook.remove()
+    change = torch.zeros(*task.batch.clean.shape, sources.decoder.shape[0])
+    change[sources.row, sources.position, sources.latent] = sources.delta
+    rows = []
+    for k, (row, at) in enumerate(zip(targets.row.tolist(), targets.position.tolist(), strict=True)):
+        kept["x"].grad = None
+        if up is not None:
+            kept["f"].grad = None
+        kept["g"][row, at, int(targets.names[k].rsplit("/", 1)[1])].backward(retain_graph=True)
+        mine, free = sources.row == row, sources.free[row].nonzero()[:, 0]
+        position, latent = sources.position[mine], sources.latent[mine]
+        of_latents = (kept["f"].grad * change)[row, position, latent] if up is not None else sources.delta[mine]
+        of_rest = (kept["x"].grad * sources.rest).sum(-1)[row, free]
+        rows.append(torch.where(torch.cat([position, free]) <= at, torch.cat([of_latents, of_rest]), 0.0))
+    return rows
 
 
 def one_backward_per_target(model: SubjectModel, tasks: list[Task], _: int) -> list[Found]:
@@ -113,7 +202,7 @@ def one_backward_per_target(model: SubjectModel, tasks: list[Task], _: int) -> l
     return every
 
 
-def one_prompt_repeated(model: SubjectModel, tasks: list[Task], copies: int) -> list[Found]:
+def one_prompt_repeated(model: SubjectModel, tasks: list[Task], copies: int, *, in_order: bool = False) -> list[Found]:
     every = []
     for task in tasks:
         found: Found = {}
@@ -123,14 +212,19 @@ def one_prompt_repeated(model: SubjectModel, tasks: list[Task], copies: int) -> 
                 for place, targets in enumerate(task.targets)
                 for k in (targets.row == row).nonzero()[:, 0].tolist()
             ]
-            values, leaves = cut_forward(model, task, torch.full((copies,), row))
-            for start in range(0, len(wanted), copies):
-                part = wanted[start : start + copies]
-                seeds = [torch.zeros_like(value) for value in values]
+            if not in_order:
+                random.Random(0).shuffle(wanted)
+            most = min(copies, len(wanted))
+            values, leaves = cut_forward(model, task, torch.full((most,), row))
+            for start in range(0, len(wanted), most):
+                part = wanted[start : start + most]
+                here = sorted({place for place, _ in part}) if in_order else range(max(part)[0] + 1)
+                seeds = {place: torch.zeros_like(values[place]) for place in here}
                 for copy, (place, k) in enumerate(part):
                     targets = task.targets[place]
                     seeds[place][copy, targets.position[k]] = targets.vector[k]
-                pulled = torch.autograd.grad(values, leaves, seeds, retain_graph=True, allow_unused=True)
+                ends = [values[place] for place in here]
+                pulled = torch.autograd.grad(ends, leaves, list(seeds.values()), retain_graph=True, allow_unused=True)
                 last = torch.stack([task.targets[place].position[k] for place, k in part])
                 for index, each in enumerate(pulled):
                     if each is None:
@@ -140,6 +234,10 @@ def one_prompt_repeated(model: SubjectModel, tasks: list[Task], copies: int) -> 
                         found.setdefault(target, {})[index] = weight
         every.append(found)
     return every
+
+
+def one_prompt_repeated_in_order(model: SubjectModel, tasks: list[Task], copies: int) -> list[Found]:
+    return one_prompt_repeated(model, tasks, copies, in_order=True)
 
 
 def ours(model: SubjectModel, tasks: list[Task], chunk: int) -> list[Edges]:
@@ -180,11 +278,15 @@ def floor(model: SubjectModel, task: Task) -> float:
         walls = [i for i in reach if names[i].stream in RESIDUAL]
         reach = [i for i in reach if not walls or i >= walls[-1]]
         weights = sum(crossed(model, names, names[reach[0]], targets.place)) if reach else 0
+        layers = targets.place.layer - names[reach[0]].layer if reach else 0
         for row in range(len(task.batch)):
-            tokens = int(task.batch.mask[row].sum())
-            nodes = sum(int((task.sources[i].row == row).sum() + task.sources[i].free[row].sum()) for i in reach)
-            n = int((targets.row == row).sum())
-            total += n * (2 * weights * tokens + 2 * nodes * model.d_model)
+            for last in targets.position[targets.row == row].tolist():
+                tokens, nodes = last + 1, 0
+                for i in reach:
+                    source = task.sources[i]
+                    nodes += int(((source.row == row) & (source.position <= last)).sum())
+                    nodes += int(source.free[row, :tokens].sum())
+                total += 2 * weights * tokens + 2 * nodes * model.d_model + 4 * layers * tokens**2 * model.d_model
     return total
 
 
@@ -198,47 +300,104 @@ def crossed(model: SubjectModel, cut: list[Site], start: Site, end: Site) -> Ite
                 yield sum(each.numel() for each in model.module.get_submodule(path).parameters())
 
 
-def peak(seconds: float = 1.0) -> float:
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peak(repeats: int = 20) -> float:
     """Operations per second of a large fp32 matrix product here and now."""
     a = torch.randn(1024, 1024)
-    best, end = 0.0, time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        a @ a
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-    return best
-
-
-def timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    best, result = float("inf"), None
+    times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        best = min(best, time.perf_counter() - start)
-    return result, best
+        start = clock()
+        a @ a
+        times.append(clock() - start)
+    return 2 * 1024**3 / min(times)
 
 
-def compare(model: SubjectModel, tasks: list[Task], chunk: int, repeats: int) -> dict[str, Any]:
-    """Times of the three methods on the same targets; raises AssertionError where their edges differ."""
-    reference, seconds = timed(lambda: ours(model, tasks, chunk), repeats)
-    operations = sum(floor(model, task) for task in tasks)
+def alternating(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Last result and median seconds of each call, all of them in turn, `repeats` times."""
+    results: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = clock()
+            results[name] = call()
+            seconds[name].append(clock() - start)
+    return results, {name: statistics.median(each) for name, each in seconds.items()}
+
+
+Method = Callable[[SubjectModel, list[Task], int], list[Found]]
+METHODS: list[Method] = [one_backward_per_target, one_prompt_repeated, one_prompt_repeated_in_order]
+
+
+def compare(model: SubjectModel, tasks: list[Task], few: list[Task], chunk: int, repeats: int) -> dict[str, Any]:
+    """Times of all methods on the same targets; raises AssertionError where their edges differ."""
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: ours(model, tasks, chunk)}
+    calls |= {each.__name__: lambda each=each: each(model, tasks, chunk) for each in METHODS}
+    calls["sparse_feature_circuits"] = lambda: sparse_feature_circuits(model, few, chunk)
+    results, seconds = alternating(calls, repeats)
+    rate, operations = peak(), sum(floor(model, task) for task in tasks)
+    scale = targets_of(tasks) / targets_of(few)
+    seconds["sparse_feature_circuits"] *= scale
     result: dict[str, Any] = {
         "prompts": sum(len(task.batch) for task in tasks),
         "tokens": sum(int(task.batch.mask.sum()) for task in tasks),
-        "targets": sum(len(each) for task in tasks for each in task.targets),
-        "edges": sum(len(each.weight) for each in reference),
+        "targets": targets_of(tasks),
+        "edges": sum(len(each.weight) for each in results["ours"]),
         "floor_gflop": operations / 1e9,
-        "ours": {
-            "seconds": seconds,
-            "gflops": operations / seconds / 1e9,
-            "share_of_peak": operations / seconds / peak(),
-        },
+        "peak_gflops": rate / 1e9,
+        "ours": {"seconds": seconds["ours"], "share_of_peak": operations / seconds["ours"] / rate},
     }
-    for method in (one_backward_per_target, one_prompt_repeated):
-        found, taken = timed(lambda method=method: method(model, tasks, chunk), repeats)
-        gap = max(same(*each) for each in zip(tasks, reference, found, strict=True))
-        assert gap < 1e-4, f"{method.__name__} differs from ours by {gap:.1e} of the largest edge"
-        result[method.__name__] = {"seconds": taken, "times_ours": taken / seconds, "largest_difference": gap}
+    for name in list(calls)[1:]:
+        literal = name == "sparse_feature_circuits"
+        reference = ours(model, few, chunk) if literal else results["ours"]
+        gap = max(same(*each) for each in zip(few if literal else tasks, reference, results[name], strict=True))
+        assert gap < 1e-4, f"{name} differs from ours by {gap:.1e} of the largest edge"
+        result[name] = {
+            "seconds": seconds[name],
+            "times_ours": seconds[name] / seconds["ours"],
+            "largest_difference": gap,
+        }
     return result
+
+
+def targets_of(tasks: list[Task]) -> int:
+    return sum(len(each) for task in tasks for each in task.targets)
+
+
+def node_attribution(
+    model: SubjectModel, prepared: list[Batch], dictionaries: list[Dictionary], baseline: Baseline, repeats: int
+) -> dict[str, Any]:
+    """Attribution of all nodes of the set beside a bare forward and backward pass, and the parts it is made of."""
+
+    def attributed() -> None:
+        for batch in prepared:
+            states, gradients = states_and_gradients(model, batch, dictionaries, baseline)
+            for state, gradient in zip(states, gradients, strict=True):
+                contract_nodes(state, gradient)
+
+    def bare() -> None:
+        table = model.module.get_input_embeddings()
+        for batch in prepared:
+            embedded = table(batch.clean).requires_grad_()
+            kept = batch.target_positions.unique()
+            mask = batch.mask.long()
+            out = model.module(inputs_embeds=embedded, attention_mask=mask, use_cache=False, logits_to_keep=kept)
+            torch.autograd.grad(out.logits.sum(), embedded)
+
+    def corrupt() -> None:
+        for batch in prepared:
+            if batch.corrupt is not None:
+                with torch.no_grad():
+                    model.module(batch.corrupt, attention_mask=batch.mask.long(), use_cache=False, logits_to_keep=1)
+
+    _, seconds = alternating({"ours": attributed, "bare": bare, "corrupt_forward": corrupt}, repeats)
+    return {
+        **seconds,
+        "times_bare": seconds["ours"] / seconds["bare"],
+        "times_bare_with_corrupt": seconds["ours"] / (seconds["bare"] + seconds["corrupt_forward"]),
+    }
 
 
 def main() -> None:
@@ -249,8 +408,9 @@ def main() -> None:
     parser.add_argument("--baseline", type=Baseline, default=Baseline.CORRUPT, choices=list(Baseline))
     parser.add_argument("--number", type=int, default=16, help="prompts in the set")
     parser.add_argument("--per-site", type=int, default=16, help="targets of each prompt and site")
-    parser.add_argument("--chunk", type=int, default=16, help="copies in a pass, of all methods")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--chunk", type=int, default=32, help="copies in a pass, of all methods")
+    parser.add_argument("--few", type=int, default=2, help="prompts of the set for the slowest method")
+    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -264,6 +424,8 @@ def main() -> None:
     def task(batch: Batch) -> Task:
         return make_task(model, batch, dictionaries, chosen.per_site, chosen.baseline)
 
+    longest = collate([max(examples, key=len)])
+    made, few = list(batches(examples, chosen.number)), list(batches(examples[: chosen.few], chosen.few))
     result = {
         "model": model.name,
         "sites": [each.site.name for each in dictionaries],
@@ -273,8 +435,9 @@ def main() -> None:
             "saes": len(dictionaries),
             "prompts": Path(chosen.prompts).name,
         },
-        "one_prompt": compare(model, [task(collate([max(examples, key=len)]))], chosen.chunk, chosen.repeats),
-        "set": compare(model, [task(each) for each in batches(examples, chosen.chunk)], chosen.chunk, chosen.repeats),
+        "one_prompt": compare(model, *[[task(longest)]] * 2, chosen.chunk, chosen.repeats),
+        "set": compare(model, *(list(map(task, each)) for each in (made, few)), chosen.chunk, chosen.repeats),
+        "nodes": node_attribution(model, made, dictionaries, chosen.baseline, chosen.repeats),
     }
     json.dump(result, sys.stdout, indent=1)
     print()

@@ -14,19 +14,25 @@ attention patterns, norms' divisors and MLP factors held), so the in-edges sum t
 `constant` (dictionary biases, held positions, the model's biases) to d's own value.
 
 Algorithm
-1. Pack. Every copy of a prompt carries one target of each place in one backward; a prompt with more targets
-   gets more copies, so that `chunk` copies serve all prompts and places with as few passes as they allow.
-2. One forward of the copies with all sites cut, stopped after the last place; it serves all places.
-3. For each place, each pass seeds e_d at (copy, position of d) and pulls it back to the sites in reach: the
-   layers between them and no others.
-4. Contract what arrives at each site with its sources, gathering only active decoder rows.
-5. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. One more forward, with
+1. Stretches. A residual site hides everything before it, so places that have the same last residual site before
+   them form a stretch of the model that is run by itself: from that site's clean value (the layers before it are
+   passed over) to its last place. Only one stretch's activations are held at a time.
+2. Jobs. A target at position t sees no further than t. The targets of a prompt in a stretch are split by position
+   where shorter sequences pay for one more forward pass; then those of like length are joined, prompts beside
+   prompts, where one larger pass is cheaper than two small ones.
+3. One forward of a job's prompts, each once, with all sites cut.
+4. For each place, seeds e_d at (turn, row, position of d), at most `chunk` gradients of a prompt at a time, are pulled
+   back to the sites in reach by one backward pass batched over turns: all turns share the activations.
+5. Contract what arrives at each site with its sources, gathering only active decoder rows.
+6. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. One more forward, with
    all sources at their baseline, tells d's own change; the difference is the gap.
 
-Cost of N targets whose segments (layers between a place and the sites that reach it) hold P weights, with T
-tokens a prompt, n sources in reach and width d: the floor is 2 P T N operations for the backward products
-(weights need no gradient), 4 T^2 d N for each layer of attention, and 2 n d N for the contraction. The forward
-adds 2 P_model T for each copy, which serves as many targets as there are passes over all places.
+Cost of a target at position t whose segment (layers between it and the sites that reach it) holds P weights, with n
+sources in reach and width d: the floor is 2 P t operations for the backward products (weights need no gradient),
+4 t^2 d for each layer of attention, and 2 n d for the contraction. The forward adds 2 P t for each prompt of a job.
+In bytes: a pass reads the segment's weights once and a contraction the decoder's active rows once, so that passes
+over some hundred positions are bound by arithmetic. Reverse mode is the cheaper one: forward mode takes one pass
+for each source, and the latents on at all positions of a site outnumber the targets of a graph.
 
 Sources: Marks et al. 2024 (edges with errors as sources); Ameisen et al. 2025 and circuit-tracer (batched
 gradient injection, one prompt replicated); packing different prompts follows arXiv 2604.17761.
@@ -34,10 +40,11 @@ gradient injection, one prompt replicated); packing different prompts follows ar
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 import numpy as np
@@ -56,8 +63,13 @@ from mediation.subject import Forward, SubjectModel
 
 EMBEDDING_SITE = Site(0, Stream.RESID_PRE)
 REST = -1  # "latent" of the source that is a whole vector: the error node, or the token embedding
-GATHERED = 2**24  # values of decoder rows gathered at a time while contracting (64 MiB)
-HELD = 2**24  # values of pulled-back gradients at one site that wait for their contraction (64 MiB)
+RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
+GATHERED = 2**25  # values of decoder rows gathered at a time while contracting (128 MiB)
+PLACES = ("source", "position", "latent")
+SEEDS = 2**26  # values that are seeded at a time (256 MiB): logits at many positions are wide
+SHORT = 96  # up to this many positions, attention in plain products is faster than the fused kernel
+STARTING = {"cpu": 32, "cuda": 4096}  # positions whose arithmetic takes as long as starting a pass's operations
+SPLITS = 64  # lengths considered for the jobs of one prompt
 
 
 class Semantics(StrEnum):
@@ -212,6 +224,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class EdgeRows:
+    """Finished edges [m]: target, numbered over all targets; source, position, latent and weight as in `Edges`."""
+
+    target: Tensor
+    source: Tensor
+    position: Tensor
+    latent: Tensor
+    weight: Tensor
+
+    def frame(self) -> pl.DataFrame:
+        """One row for each edge, 20 bytes wide."""
+        columns = {each.name: getattr(self, each.name).cpu().numpy() for each in fields(self)}
+        return pl.DataFrame(columns).with_columns(pl.all().exclude("weight").cast(pl.Int32))
+
+
+@dataclass(frozen=True)
 class Edges:
     """In-edges of k targets; m edges.
 
@@ -282,31 +310,39 @@ def edges(
     semantics: Semantics = Semantics.GRADIENT,
     chunk: int = 32,
     keep: int | None = None,
+    sink: Callable[[EdgeRows], None] | None = None,
 ) -> Edges:
     """In-edges of all targets from the sources that reach them directly.
 
     Sources are cut from one another; a target's own site, if it is among them, too. `chunk` is how many
-    copies of prompts one forward and backward hold: it sets memory and speed, not the result. `keep` leaves
-    only the strongest in-edges of each target (the totals still count them all).
+    gradients of a prompt one backward carries: it sets memory and speed, not the result. `keep` leaves
+    only the strongest in-edges of each target (the totals still count them all). `sink` is given finished rows as
+    they come, to be written away where all edges are too many to hold; what is returned then has none of them, only
+    what is known of each target.
     Raises MediationError for two sources at one site and for a chunk below 1.
     """
     ordered = _ordered(sources)
     if chunk < 1:
         raise MediationError(f"The chunk of prompts in one backward is {chunk}: give 1 or more.")
     plan = Plan.of(ordered, targets)
-    found = _Collector(ordered, plan, keep)
-    for copies, passes in _pack([each.row.tolist() for each in targets], chunk):
-        part = batch.rows(torch.tensor(copies, device=batch.clean.device))
-        with _model(model, semantics):
-            values, leaves = plan.run(model, part, grad=True)
-        for number, of_place in enumerate(passes):
-            together = max(1, HELD // (part.clean.numel() * model.d_model))
-            for start in range(0, len(of_place), together):
-                some = of_place[start : start + together]
-                pulled = [plan.pull(number, values[number], leaves, chosen, part) for chosen in some]
-                found.add(number, copies, some, pulled)
-            for chosen in of_place:
-                found.read(number, values[number], chosen, part)
+    found = _Collector(ordered, targets, keep)
+    for job in _jobs(plan, batch, chunk):
+        found.new_job()
+        part = _first_positions(batch.rows(job.rows), job.length)
+        local = Plan.of(ordered, [targets[place].take(some).on_rows(row) for place, some, row in job.targets])
+        walls = [each.x[job.rows, : job.length] if index == job.wall else None for index, each in enumerate(ordered)]
+        with _attention(model, job.length), _model(model, semantics):
+            values, leaves = local.run(model, part, grad=True, held=walls)
+        names = [some + found.offsets[place] for place, some, _ in job.targets]
+        found.value[torch.cat(names)] = local.read(values, part)
+        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+            for some, turn in _passes(
+                local.targets[number].row, max(1, min(chunk // len(part), SEEDS // value.numel()))
+            ):
+                pulled = local.pull(number, value, leaves, some, turn, part)
+                found.add(local.targets[number].take(some), name[some], turn, job.rows, pulled)
+                if sink is not None:
+                    found.hand_over(sink)
     return found.edges(plan.constants(model, batch, semantics))
 
 
@@ -322,17 +358,18 @@ def behaviour_edges(
     targets = Targets.behaviour(batch)
     plan = Plan.of(ordered, [targets])
     points, weights = np.polynomial.legendre.leggauss(steps)
-    every = {row: row for row in range(len(batch))}
+    every, turn = torch.arange(len(batch), device=batch.clean.device), torch.zeros_like(targets.row)
     mean: dict[int, Tensor] = {}
     for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
         on_path = [torch.lerp(each.base, each.x, float(point)) for each in ordered]
-        values, leaves = plan.run(model, batch, grad=True, held=on_path)
-        for index, gradient in plan.pull(0, values[0], leaves, every, batch).items():
+        with _attention(model, batch.clean.shape[1]):
+            values, leaves = plan.run(model, batch, grad=True, held=on_path)
+        for index, gradient in plan.pull(0, values[0], leaves, every, turn, batch).items():
             mean[index] = mean.get(index, 0.0) + float(weight) * gradient
-    found = _Collector(ordered, plan, keep)
-    found.add(0, list(every), [every], [mean])
-    (clean,), _ = plan.run(model, batch, grad=False)
-    found.read(0, clean, every, batch)
+    found = _Collector(ordered, [targets], keep)
+    found.add(targets, every, turn, every, mean)
+    clean, _ = plan.run(model, batch, grad=False)
+    found.value[:] = plan.read(clean, batch)
     return found.edges(plan.constants(model, batch, Semantics.GRADIENT))
 
 
@@ -349,6 +386,15 @@ def _model(model: SubjectModel, semantics: Semantics) -> AbstractContextManager[
     return Frozen(model).record() if semantics is Semantics.LINEAR else nullcontext()
 
 
+def _attention(model: SubjectModel, length: int) -> AbstractContextManager[None]:
+    return model.attention("eager") if length <= SHORT else nullcontext()
+
+
+def _first_positions(batch: Batch, length: int) -> Batch:
+    """The batch's first `length` positions; of behaviours, only those within them may be scored."""
+    return replace(batch, clean=batch.clean[:, :length], mask=batch.mask[:, :length])
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is cut, what is read, and which sites reach each place."""
@@ -363,30 +409,42 @@ class Plan:
         for each in targets:
             place = each.place
             before = [i for i, s in enumerate(sources) if isinstance(place, Output) or s.site.depth < place.depth]
-            walls = [i for i in before if sources[i].site.stream in (Stream.RESID_PRE, Stream.RESID_POST)]
+            walls = [i for i in before if sources[i].site.stream in RESIDUAL]
             reach.append([i for i in before if not walls or i >= walls[-1]])
         return cls(sources, targets, reach)
 
     def run(
-        self, model: SubjectModel, batch: Batch, *, grad: bool, held: Sequence[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, model: SubjectModel, batch: Batch, *, grad: bool, held: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Values of the places [batch, columns, width] and leaves of the sources, from one forward.
 
-        `held` are values that the sites go on with, in place of the model's own.
+        `held` are values that the sites go on with, in place of the model's own. Where that is so of a residual
+        site that is the first to reach any place, the model starts there.
         """
         first = min((index for reach in self.reach for index in reach), default=len(self.sources))
-        cut = [each.site for each in self.sources[first:]]  # what comes before reaches nothing
         places = [each.place for each in self.targets]
-        read = [place for place in dict.fromkeys(places) if isinstance(place, Site) and place not in cut]
-        edit = None if held is None else {s: lambda _, v=v: v for s, v in zip(cut, held[first:], strict=True)}
         ends = any(isinstance(place, Output) for place in places)
         deepest = max((place.depth for place in places if isinstance(place, Site)), default=0)
-        cut = [site for site in cut if ends or site.depth <= deepest]
+        cut = {  # what comes before the first reaches nothing
+            index: each.site
+            for index, each in enumerate(self.sources)
+            if index >= first and (ends or each.site.depth <= deepest)
+        }
+        edit = {site: lambda _, v=v: v for i, site in cut.items() if held is not None and (v := held[i]) is not None}
+        start = cut.get(first) if all(self.reach) else None
         kept = self._kept(batch) if ends else None
         run = model.forward(
-            batch.clean, batch.mask, read=read, cut=cut, edit=edit, positions=kept, grad=grad, logits=ends
+            batch.clean,
+            batch.mask,
+            read=[place for place in dict.fromkeys(places) if isinstance(place, Site)],
+            cut=list(cut.values()),
+            edit=edit,
+            positions=kept,
+            start=start if start in edit and start is not None and start.stream in RESIDUAL else None,
+            grad=grad,
+            logits=ends,
         )
-        leaves = [run.leaves.get(each.site, each.x) for each in self.sources]
+        leaves = {index: run.leaves[site] for index, site in cut.items()}
         return [_value(place, run, batch, kept) for place in places], leaves
 
     def _kept(self, batch: Batch) -> Tensor:
@@ -406,19 +464,29 @@ class Plan:
         return targets.position
 
     def pull(
-        self, number: int, value: Tensor, leaves: Sequence[Tensor], chosen: Mapping[int, int], batch: Batch
+        self, number: int, value: Tensor, leaves: Mapping[int, Tensor], some: Tensor, turn: Tensor, batch: Batch
     ) -> dict[int, Tensor]:
-        """Gradients [copies, T, d] at the sources in reach of one target per copy (`chosen`: copy -> target)."""
-        inputs = [i for i in self.reach[number] if leaves[i].requires_grad]
+        """Gradients [turns, B, T, d] at the sources in reach, of some targets (long [n]) of one place.
+
+        Targets of one turn (long [n]) are on different rows and share a copy of the batch's gradients; all
+        turns share the activations.
+        """
+        inputs = [i for i in self.reach[number] if i in leaves]
         if not inputs or not value.requires_grad:
             return {}
-        copies = torch.tensor(list(chosen), device=value.device)
-        targets = torch.tensor(list(chosen.values()), device=value.device)
-        seeds = torch.zeros_like(value)
-        seeds[copies, self.columns(number, batch)[targets]] = self.targets[number].vector[targets].to(value)
-        gradients = torch.autograd.grad(
-            value, [leaves[i] for i in inputs], grad_outputs=seeds, retain_graph=True, allow_unused=True
-        )
+        targets = self.targets[number]
+        seeds = value.new_zeros(int(turn.max()) + 1, *value.shape)
+        seeds[turn, targets.row[some], self.columns(number, batch)[some]] = targets.vector[some].to(value)
+        with warnings.catch_warnings():  # of a fused attention kernel that takes turns one by one
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            gradients = torch.autograd.grad(
+                value,
+                [leaves[i] for i in inputs],
+                seeds,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
         return {i: gradient for i, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
 
     def constants(self, model: SubjectModel, batch: Batch, semantics: Semantics) -> Tensor:
@@ -437,15 +505,10 @@ class Plan:
     def read(self, values: Sequence[Tensor], batch: Batch) -> Tensor:
         """The targets' functionals of their places' values, [k] over all places."""
         parts = [
-            self.read_place(number, value, self.targets[number].row, torch.arange(len(self.targets[number])), batch)
-            for number, value in enumerate(values)
+            (value.detach()[each.row, self.columns(number, batch)] * each.vector.to(value)).sum(-1)
+            for number, (each, value) in enumerate(zip(self.targets, values, strict=True))
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
-
-    def read_place(self, number: int, value: Tensor, rows: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-        """Values [n] of n targets (long) of one place, each on a row of its value."""
-        vector = self.targets[number].vector[targets]
-        return (value.detach()[rows, self.columns(number, batch)[targets]] * vector.to(value)).sum(-1)
 
 
 def _value(place: Place, run: Forward, batch: Batch, kept: Tensor | None) -> Tensor:
@@ -461,81 +524,81 @@ def _value(place: Place, run: Forward, batch: Batch, kept: Tensor | None) -> Ten
 class _Collector:
     """Contracts pulled-back gradients with the sources of their sites and gathers the edges."""
 
-    def __init__(self, sources: list[Sources], plan: Plan, keep: int | None) -> None:
-        self.sources, self.plan, self.keep = sources, plan, keep
+    def __init__(self, sources: list[Sources], targets: Sequence[Targets], keep: int | None) -> None:
+        self.sources, self.targets, self.keep = sources, targets, keep
         self.starts = []
         for each in sources:
             bounds = torch.arange(len(each.rest) + 1, device=each.row.device)
             self.starts.append(torch.searchsorted(each.row, bounds).tolist())
-        sizes = [len(each) for each in plan.targets]
-        self.offsets = np.cumsum([0, *sizes]).tolist()
+        self.offsets = np.cumsum([0, *map(len, targets)]).tolist()
         self.device = sources[0].x.device if sources else torch.device("cpu")
         self.total = torch.zeros(self.offsets[-1], device=self.device)
         self.value = torch.zeros_like(self.total)
-        self.pieces: list[tuple[Tensor, ...]] = []
+        self.pieces: list[EdgeRows] = []
+        self.laid_out: dict[tuple[int, int], _RowSources] = {}
+        self.room = GATHERED
 
-    def add(
-        self,
-        number: int,
-        copies: list[int],
-        chosen: Sequence[Mapping[int, int]],
-        pulled: Sequence[Mapping[int, Tensor]],
-    ) -> None:
-        """Gradients `pulled` [copies, T, d], by source, of the targets `chosen` (copy -> target), for some passes."""
-        of_row: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for turn, each in enumerate(chosen):
-            for copy, target in each.items():
-                of_row[copies[copy]].append((turn * len(copies) + copy, target))
-        together = {index: torch.cat([each[index] for each in pulled]) for index in pulled[0]}
-        for row, held in of_row.items():
-            if together:
-                at, targets = map(list, zip(*held, strict=True))
-                self._add_row(number, row, targets, {index: each[at] for index, each in together.items()})
+    def add(self, targets: Targets, names: Tensor, turn: Tensor, rows: Tensor, pulled: Mapping[int, Tensor]) -> None:
+        """Gradients `pulled` [turns, B, T, d], by source, of n targets on rows of a job.
 
-    def read(self, number: int, value: Tensor, chosen: Mapping[int, int], batch: Batch) -> None:
-        """The own values of the targets `chosen` (copy -> target), from the value of their place."""
-        copies, targets = (torch.tensor(list(each), device=self.device) for each in (chosen, chosen.values()))
-        found = self.plan.read_place(number, value, copies, targets, batch)
-        self.value[targets + self.offsets[number]] = found
+        names: long [n], the targets' numbers over all places; rows: long [B], the batch's rows.
+        """
+        if not pulled:
+            return
+        for row in targets.row.unique().tolist():
+            mine = (targets.row == row).nonzero()[:, 0]
+            gradients = {index: each[turn[mine], row] for index, each in pulled.items()}
+            self._add_row(names[mine], targets.position[mine], int(rows[row]), gradients)
 
-    def _add_row(self, number: int, row: int, targets: list[int], pulled: Mapping[int, Tensor]) -> None:
-        parts = [self._weights(index, row, gradient) for index, gradient in pulled.items()]
-        source, position, latent = (torch.cat([part[column] for part in parts]) for column in range(3))
-        weights = torch.cat([part[3] for part in parts], dim=1)
-        kept = position <= self.plan.targets[number].position[targets].unsqueeze(1)
-        named = torch.tensor(targets, device=self.device) + self.offsets[number]
-        weights = torch.where(kept, weights, 0.0)
-        self.total[named] = weights.sum(dim=1)
-        if self.keep is not None and self.keep < weights.shape[1]:
-            strongest = torch.where(kept, weights.abs(), -1.0).topk(self.keep, dim=1).indices
-            kept = kept & torch.zeros_like(kept).scatter_(1, strongest, True)
-        target, at = kept.nonzero(as_tuple=True)
-        self.pieces.append((named[target], source[at], position[at], latent[at], weights[target, at]))
+    def _add_row(self, names: Tensor, last: Tensor, row: int, pulled: Mapping[int, Tensor]) -> None:
+        parts = [self._sources_of(index, row, gradient.shape[1]) for index, gradient in pulled.items()]
+        source, position, latent = (torch.cat([getattr(part, name) for part in parts]) for name in PLACES)
+        weights = torch.cat([part.weights(each) for part, each in zip(parts, pulled.values(), strict=True)], dim=1)
+        reached = position <= last.unsqueeze(1)
+        weights = torch.where(reached, weights, 0.0)
+        self.total[names] = weights.sum(dim=1)
+        if self.keep is None or self.keep >= weights.shape[1]:
+            target, at = reached.nonzero(as_tuple=True)
+        else:
+            strongest = torch.where(reached, weights.abs(), -1.0).topk(self.keep, dim=1).indices.sort(dim=1).values
+            target, column = reached.gather(1, strongest).nonzero(as_tuple=True)
+            at = strongest[target, column]
+        self.pieces.append(EdgeRows(names[target], source[at], position[at], latent[at], weights[target, at]))
 
-    def _weights(self, index: int, row: int, pulled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Source, position and latent [n] of a row's sources at one site, and their edges [c, n]."""
-        sources = self.sources[index]
-        mine = slice(self.starts[index][row], self.starts[index][row + 1])
-        at = sources.free[row].nonzero()[:, 0]
-        rest = torch.einsum("ctd,td->ct", pulled, sources.rest[row])[:, at]
-        position = torch.cat([sources.position[mine], at])
-        latent = torch.cat([sources.latent[mine], torch.full_like(at, REST)])
-        weights = torch.cat([_latents(sources, mine, pulled), rest], dim=1)
-        return torch.full_like(position, index), position, latent, weights
+    def _sources_of(self, index: int, row: int, length: int) -> _RowSources:
+        """Made once for all targets of a job, with their decoder rows as far as there is room for them."""
+        if (index, row) not in self.laid_out:
+            made = _RowSources.of(self.sources[index], index, row, slice(*self.starts[index][row : row + 2]), length)
+            size = made.padded.numel() * self.sources[index].decoder.shape[1]
+            if size <= self.room:
+                made.gathered = made.sources.decoder[made.padded]
+                self.room -= size
+            self.laid_out[index, row] = made
+        return self.laid_out[index, row]
+
+    def new_job(self) -> None:
+        """Forget what was laid out for the last one."""
+        self.laid_out.clear()
+        self.room = GATHERED
+
+    def hand_over(self, sink: Callable[[EdgeRows], None]) -> None:
+        """Give the edges so far away."""
+        for piece in self.pieces:
+            sink(piece)
+        self.pieces.clear()
 
     def edges(self, constant: Tensor) -> Edges:
         """All edges so far, ordered by target."""
         long = torch.zeros(0, dtype=torch.long, device=self.device)
-        empty = (long, long, long, long, self.total.new_zeros(0))
-        columns = [torch.cat(column) for column in zip(empty, *self.pieces, strict=True)]
+        empty = EdgeRows(long, long, long, long, self.total.new_zeros(0))
+        columns = [torch.cat(column) for column in zip(*map(_columns, [empty, *self.pieces]), strict=True)]
         order = torch.argsort(columns[0], stable=True)
         target, source, position, latent, weight = (column[order] for column in columns)
-        every = self.plan.targets
-        gain = torch.cat([self.total.new_zeros(0), *(each.gain for each in every)])
+        gain = torch.cat([self.total.new_zeros(0), *(each.gain for each in self.targets)])
         return Edges(
             sources=tuple(self.sources),
-            row=torch.cat([long, *(each.row for each in every)]),
-            names=tuple(name for each in every for name in each.names),
+            row=torch.cat([long, *(each.row for each in self.targets)]),
+            names=tuple(name for each in self.targets for name in each.names),
             target=target,
             source=source,
             position=position,
@@ -548,52 +611,176 @@ class _Collector:
         )
 
 
-def _latents(sources: Sources, mine: slice, pulled: Tensor) -> Tensor:
-    """(f_u - f'_u) w_u . pulled at u's position, [c, n], for the latents `mine` of one row.
+def _columns(rows: EdgeRows) -> list[Tensor]:
+    return [getattr(rows, each.name) for each in fields(rows)]
 
-    Positions are padded to the same number of latents, a bounded number of positions at a time.
+
+@dataclass
+class _RowSources:
+    """Sources of one row at one site up to a position, laid out for the contraction: m latents, then errors.
+
+    source, position, latent: long [n]. index, place: long [m], where each latent is in `padded` [positions, most], the
+    latents of each position `here`, padded to the same number. gathered: their decoder rows, where they are kept.
     """
-    position, latent = sources.position[mine], sources.latent[mine]
-    if not len(position):
-        return pulled.new_zeros(len(pulled), 0)
-    here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
-    place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
-    padded = latent.new_zeros(len(here), int(counts.max()))
-    padded[index, place] = latent
-    step = max(1, GATHERED // (padded.shape[1] * pulled.shape[2]))
-    parts = [
-        torch.bmm(sources.decoder[rows], pulled[:, at].permute(1, 2, 0))
-        for at, rows in zip(here.split(step), padded.split(step), strict=True)
-    ]
-    return torch.cat(parts)[index, place].T * sources.delta[mine]
+
+    sources: Sources
+    row: int
+    source: Tensor
+    position: Tensor
+    latent: Tensor
+    delta: Tensor
+    here: Tensor
+    index: Tensor
+    place: Tensor
+    padded: Tensor
+    gathered: Tensor | None = None
+
+    @classmethod
+    def of(cls, sources: Sources, number: int, row: int, mine: slice, length: int) -> _RowSources:
+        mine = slice(mine.start, mine.start + int(torch.searchsorted(sources.position[mine], length)))
+        position, latent = sources.position[mine], sources.latent[mine]
+        here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
+        place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
+        padded = latent.new_zeros(len(here), int(counts.max()) if len(counts) else 0)
+        padded[index, place] = latent
+        free = sources.free[row, :length].nonzero()[:, 0]
+        every = torch.cat([position, free])
+        names = torch.cat([latent, torch.full_like(free, REST)])
+        number_of_all = torch.full_like(every, number)
+        return cls(sources, row, number_of_all, every, names, sources.delta[mine], here, index, place, padded)
+
+    def weights(self, pulled: Tensor) -> Tensor:
+        """(f_u - f'_u) w_u . pulled [c, T, d] at u's position, and of errors, [c, n]."""
+        free = self.position[len(self.delta) :]
+        rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[self.row, : pulled.shape[1]])[:, free]
+        if not len(self.delta):
+            return rest
+        step = max(1, GATHERED // (self.padded.shape[1] * pulled.shape[2]))
+        if self.gathered is not None:
+            parts = [torch.bmm(self.gathered, pulled[:, self.here].permute(1, 2, 0))]
+        else:
+            parts = [
+                torch.bmm(self.sources.decoder[rows], pulled[:, at].permute(1, 2, 0))
+                for at, rows in zip(self.here.split(step), self.padded.split(step), strict=True)
+            ]
+        return torch.cat([torch.cat(parts)[self.index, self.place].T * self.delta, rest], dim=1)
 
 
-def _pack(rows: Sequence[list[int]], chunk: int) -> Iterator[tuple[list[int], list[list[dict[int, int]]]]]:
-    """Copies of rows (at most `chunk`) and, for each place, its passes: which copy carries which target.
+# Jobs ----------------------------------------------------------------------------------------------------------------
 
-    `rows[place]` are the rows of the place's targets. Rows with many targets go together and get more
-    copies, so that passes are full.
+
+@dataclass(frozen=True)
+class _Job:
+    """What one forward pass serves.
+
+    wall: index of the source to start from, or -1. rows: long [B] of the batch. length: positions needed. targets:
+    for places, their number, which of their targets (long [k]) and the job's row (long [k]) of each.
     """
-    of_row: dict[int, list[list[int]]] = defaultdict(lambda: [[] for _ in rows])
-    for place, of_place in enumerate(rows):
-        for target, row in enumerate(of_place):
-            of_row[row][place].append(target)
-    count = {row: sum(map(len, targets)) for row, targets in of_row.items()}
-    most = {row: max(map(len, targets)) for row, targets in of_row.items()}
-    ordered = sorted(count, key=lambda row: (-count[row], row))
-    for start in range(0, len(ordered), chunk):
-        group = ordered[start : start + chunk]
-        load = -(-sum(count[row] for row in group) // chunk)
-        while sum(-(-count[row] // load) for row in group) > chunk:
-            load += 1
-        copies: list[int] = []
-        passes: list[list[dict[int, int]]] = [[] for _ in rows]
-        for row in group:
-            wide = min(most[row], -(-count[row] // load))
-            for place, targets in enumerate(of_row[row]):
-                for number, target in enumerate(targets):
-                    while len(passes[place]) <= number // wide:
-                        passes[place].append({})
-                    passes[place][number // wide][len(copies) + number % wide] = target
-            copies += [row] * wide
-        yield copies, passes
+
+    wall: int
+    rows: Tensor
+    length: int
+    targets: list[tuple[int, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Targets of one row and of like position in one stretch: indices `chosen` of it, and how many at each place."""
+
+    length: int
+    row: int
+    chosen: np.ndarray
+    counts: np.ndarray
+
+
+def _jobs(plan: Plan, batch: Batch, chunk: int) -> Iterator[_Job]:
+    """All targets, each in one job (step 2); cost is counted in positions that a pass goes over."""
+    starting = STARTING.get(batch.clean.device.type, STARTING["cuda"])
+    stretches: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for number, reach in enumerate(plan.reach):
+        # A behaviour needs its row's whole length, and is scored on rows that have one among the targets only.
+        behaviour = plan.targets[number].place is Output.BEHAVIOUR
+        stretches[reach[0] if reach else -1, behaviour].append(number)
+    for (wall, _), numbers in stretches.items():
+        sizes = [len(plan.targets[number]) for number in numbers]
+        place = np.repeat(np.arange(len(numbers)), sizes)
+        index = np.concatenate([np.arange(size) for size in sizes])
+        row = torch.cat([plan.targets[number].row for number in numbers]).cpu().numpy()
+        end = torch.cat([plan.targets[number].position for number in numbers]).cpu().numpy() + 1
+        units = []
+        for each in np.unique(row):
+            mine = np.flatnonzero(row == each)
+            for some in _split(end[mine], starting * (1 + len(numbers))):
+                chosen = mine[some]
+                counts = np.bincount(place[chosen], minlength=len(numbers))
+                units.append(_Unit(int(end[chosen].max()), int(each), chosen, counts))
+        units.sort(key=lambda unit: (unit.length, unit.counts.sum(), unit.row))
+        for group in _joined(units, starting, chunk):
+            rows = np.concatenate([np.full(len(unit.chosen), at) for at, unit in enumerate(group)])
+            chosen = np.concatenate([unit.chosen for unit in group])
+            device = batch.clean.device
+            targets = [
+                (
+                    number,
+                    torch.from_numpy(index[chosen[place[chosen] == at]]).to(device),
+                    torch.from_numpy(rows[place[chosen] == at]).to(device),
+                )
+                for at, number in enumerate(numbers)
+                if (place[chosen] == at).any()
+            ]
+            yield _Job(wall, torch.tensor([unit.row for unit in group], device=device), group[-1].length, targets)
+
+
+def _split(ends: np.ndarray, starting: float) -> list[np.ndarray]:
+    """Indices of the targets of one row in groups, so that the passes of all groups cost the least.
+
+    A group costs `starting`, and its longest end times one pass forward and one backward for each target.
+    """
+    step = -(-int(ends.max()) // SPLITS)
+    lengths, group, counts = np.unique(-(-ends // step) * step, return_inverse=True, return_counts=True)
+    before = np.concatenate([[0], counts.cumsum()])
+    best, cut = np.zeros(len(before)), np.zeros(len(before), dtype=int)
+    for j in range(1, len(before)):
+        costs = best[:j] + starting + lengths[j - 1] * (1 + before[j] - before[:j])
+        cut[j] = costs.argmin()
+        best[j] = costs[cut[j]]
+    groups = []
+    while j > 0:
+        groups.append(np.flatnonzero((group >= cut[j]) & (group < j)))
+        j = cut[j]
+    return groups
+
+
+def _joined(units: list[_Unit], starting: float, chunk: int) -> Iterator[list[_Unit]]:
+    """Units side by side in one job, as long as that costs less than a job each."""
+
+    def cost(rows: int, length: int, counts: np.ndarray) -> float:
+        passes = -(-counts // max(1, chunk // rows))
+        return starting * (1 + passes.sum()) + rows * length * (1 + counts.sum())
+
+    group: list[_Unit] = []
+    counts, spent = np.zeros(0), 0.0
+    for unit in units:
+        alone = cost(1, unit.length, unit.counts)
+        if group:
+            most = np.maximum(counts, unit.counts)
+            together = cost(len(group) + 1, unit.length, most)
+            if len(group) < chunk and together <= spent + alone:
+                group, counts, spent = [*group, unit], most, together
+                continue
+            yield group
+        group, counts, spent = [unit], unit.counts, alone
+    if group:
+        yield group
+
+
+def _passes(row: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which targets (long [n]) go in a pass of at most `most` turns, and the turn of each; one of a row in a turn."""
+    order = torch.argsort(row, stable=True)
+    sizes = torch.unique_consecutive(row[order], return_counts=True)[1]
+    turn = torch.empty_like(row)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    turn[order] = torch.arange(len(row), device=row.device) - first
+    for start in range(0, int(turn.max()) + 1, most):
+        some = ((turn >= start) & (turn < start + most)).nonzero()[:, 0]
+        yield some, turn[some] - start

@@ -53,7 +53,10 @@ def trace(
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
     estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
     steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Prompts in a forward; changes speed and memory only.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a forward at most; fewer where memory asks it.")] = 16,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to stay in, such as 2GB; default: most of the free.")
+    ] = None,
     sample: Annotated[
         int, typer.Option(min=0, help="Nodes of each site patched exactly, to judge the estimators.")
     ] = 128,
@@ -71,7 +74,7 @@ def trace(
         "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "steps": steps,
         "batch_size": batch_size, "sample": sample, "top": top, "seed": seed,
     }  # fmt: skip
-    _finish(commands.trace_command(source, chosen, out, quiet=as_json), as_json)
+    _finish(commands.trace_command(source, chosen, out, memory=memory, quiet=as_json), as_json)
 
 
 @app.command(

@@ -22,6 +22,7 @@ from circuits.consensus import Tier
 from circuits.contrast import contrast
 from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
+from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
 from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.proof import Kind, ProofSettings, prove
@@ -52,7 +53,6 @@ from mediation.trace import (
     Prepared,
     TraceSettings,
     error_warnings,
-    estimate,
     prepare,
     prompt_table,
     seconds_per_token,
@@ -133,13 +133,24 @@ def demo(out: Path | None, *, quiet: bool) -> dict[str, Any]:
     return result
 
 
-def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, quiet: bool) -> dict[str, Any]:
-    """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder."""
+def trace_command(
+    source: Source, chosen: dict[str, Any], out: Path | None, *, memory: str | None = None, quiet: bool
+) -> dict[str, Any]:
+    """`mediation trace`: nodes, trust figures, top latents and the graph, into a run folder.
+
+    Batch and chunk are made smaller until the run fits `memory` (such as "2GB"; by default a share of what is free).
+    """
+    budget = None if memory is None else parse_bytes(memory)
     settings = _trace_settings(chosen)
     prompts = PromptSet.from_jsonl(source.prompts)
+    out = out or Path("runs") / f"{Path(source.prompts).stem}-{prompts.content_hash[:8]}"
+    if (out / "run.json").is_file():  # its shards are those of its batches, which the memory of that time has set
+        earlier = Run.open(out).settings
+        settings = replace(settings, **{name: earlier[name] for name in ("batch_size", "chunk") if name in earlier})
     model, dictionaries, prepared = _open(source, prompts, settings)
+    prepared, settings, cost = fit(model, dictionaries, prepared, settings, budget)
     run = Run.create(
-        out or Path("runs") / f"{Path(source.prompts).stem}-{prompts.content_hash[:8]}",
+        out,
         {
             **asdict(source),
             **asdict(settings),
@@ -151,7 +162,7 @@ def trace_command(source: Source, chosen: dict[str, Any], out: Path | None, *, q
         },
     )
     run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
-    cost = estimate(model, dictionaries, prepared, settings)
+    run.record(memory={"budget": budget, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
     with report.bar("attribution", quiet) as tick:

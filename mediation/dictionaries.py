@@ -52,6 +52,8 @@ LAYER_NORM_EPS = 1e-5  # SAELens adds it to the standard deviation on the way in
 SINK_NORM = 10.0  # as SAE dashboards leave out
 FLOOR_VARIANCE_EXPLAINED = 0.5
 FLOOR_CROSS_ENTROPY_RECOVERED = 0.8
+UNIT = 1e-6  # how far from 1 a decoder row's norm may be to count as 1
+FEW = 16  # latents for each one that is on, where gathering rows beats the dense product
 MAX_DENSE_LATENTS = 2**26  # latent values held at once while fidelity is measured (256 MiB)
 
 
@@ -102,13 +104,21 @@ class Autoencoder:
 
         norms = sae.W_dec.norm(dim=-1, keepdim=True)
         rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-        self.decoder = torch.where(norms > 0, sae.W_dec / norms, torch.zeros_like(sae.W_dec))
+        unit = bool(((norms - 1).abs() < UNIT).all())  # then SAELens' own rows do, which saves their copy
+        self.decoder = sae.W_dec.detach() if unit else torch.where(norms > 0, sae.W_dec / norms, 0.0)
         self.b_dec = sae.b_dec.detach()
         self._fold = torch.ones_like(norms[:, 0]) if rescaled else norms[:, 0]
-        gain = norms * sae.r_mag.exp()[:, None] if self.architecture == "gated" else norms
-        self.encoder = sae.W_enc.T * gain
-        if self.normalisation == "layer_norm":
-            self.encoder = self.encoder - self.encoder.mean(-1, keepdim=True)
+        self._gain = norms * sae.r_mag.exp()[:, None] if self.architecture == "gated" else norms
+
+    @property
+    def encoder(self) -> Tensor:
+        """All rows of the encoder, made anew at each call: `encoder_rows` is cheaper for some."""
+        return self.encoder_rows(torch.arange(self.d_sae, device=self.decoder.device))
+
+    def encoder_rows(self, latent: Tensor) -> Tensor:
+        """The encoder's rows [n, d_model] of n latents (long)."""
+        rows = self.sae.W_enc[:, latent].T * self._gain[latent]
+        return rows - rows.mean(-1, keepdim=True) if self.normalisation == "layer_norm" else rows
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [..., d_sae] of x [..., d_model], in units of the unit-norm decoder rows."""
@@ -123,7 +133,18 @@ class Autoencoder:
         z, scale, shift = self._normalise(x if read is None else read)
         latents = self.sae.encode(z) * self._fold * scale
         constant = (self.b_dec * scale + shift).expand(x.shape)
-        return Split(latents, constant, x.to(z) - latents @ self.decoder - constant)
+        return Split(latents, constant, x.to(z) - self.decode(latents) - constant)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents @ decoder, [..., d_model] of [..., d_sae]; where few are on, by those alone."""
+        flat = latents.reshape(-1, latents.shape[-1])
+        token, latent = flat.nonzero(as_tuple=True)
+        if len(token) == 0 or FEW * len(token) > flat.numel():
+            return latents @ self.decoder
+        starts = torch.searchsorted(token, torch.arange(len(flat), device=token.device))
+        values = flat[token, latent]
+        written = torch.nn.functional.embedding_bag(latent, self.decoder, starts, per_sample_weights=values, mode="sum")
+        return written.reshape(*latents.shape[:-1], -1)
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as the SAE reads it, and the scale and shift [..., 1] that bring its output back."""
@@ -180,7 +201,7 @@ class Dictionary(Autoencoder):
 
     def rows(self, read: Tensor, latent: Tensor) -> Tensor:
         """What n latents (long) read off `read` [n, d_model]: their encoder rows [n, d_model], wherever they are."""
-        return self.encoder[latent]
+        return self.encoder_rows(latent)
 
     def check(self, model: SubjectModel) -> None:
         """Refuse (MediationError) a model of another width, too few layers, or another name."""
@@ -208,10 +229,14 @@ class Coordinates(Dictionary):
     def __init__(self, site: Site, d_model: int, device: str = "cpu") -> None:
         self.architecture, self.normalisation = "coordinates", "none"
         self.d_model = self.d_sae = d_model
-        self.decoder = self.encoder = torch.eye(d_model, device=device)
+        self.decoder = torch.eye(d_model, device=device)
         self.b_dec = torch.zeros(d_model, device=device)
         self.name, self.site, self.reads = f"{site.name}.coordinates", site, site
         self.content_hash, self.folder, self.model_name = "", None, None
+
+    def encoder_rows(self, latent: Tensor) -> Tensor:
+        """Those of the identity."""
+        return self.decoder[latent]
 
     def encode(self, x: Tensor) -> Tensor:
         """The coordinates themselves, [..., d_model]."""
@@ -264,6 +289,7 @@ def measure_fidelity(
             squares + x[here].double().square().sum(0).cpu(),
         )
         batch_losses = [_cross_entropy(clean.logits, batch, real)]
+        clean.logits = None  # as wide as all else together, and two more come
         for value in (reconstruction, torch.zeros_like(x)):
             edit = {dictionary.site: partial(_replace, value=value, where=here[..., None])}
             batch_losses.append(_cross_entropy(model.forward(batch, real, edit=edit).logits, batch, real))
@@ -311,8 +337,10 @@ def _cross_entropy(logits: Tensor | None, tokens: Tensor, real: Tensor) -> float
     """Summed next-token cross-entropy in nats, over pairs of real tokens."""
     assert logits is not None
     pairs = real[:, :-1] & real[:, 1:]
-    scores, answers = logits[:, :-1][pairs], tokens[:, 1:][pairs]
-    return torch.nn.functional.cross_entropy(scores, answers, reduction="sum").item()
+    total = 0.0
+    for row, answers, kept in zip(logits, tokens[:, 1:], pairs, strict=True):  # row by row: logits are wide
+        total += torch.nn.functional.cross_entropy(row[:-1][kept], answers[kept], reduction="sum").item()
+    return total
 
 
 def _warn_below_floor(dictionary: Dictionary, fidelity: Fidelity) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mediation.loading import ARCHITECTURES
-from mediation.subject import SubjectModel
+from mediation.subject import SubjectModel, with_forward
 
 SMALLEST = 1e-12  # below this |z| the factor act(z) / z is taken as 0: all families' act(0) is 0
 
@@ -75,9 +75,9 @@ class Frozen:
         with ExitStack() as undo:
             for norm in self._norms:
                 rule = _layer_norm if isinstance(norm, nn.LayerNorm) else _rms_norm
-                undo.enter_context(_forward(norm, rule, hold))
+                undo.enter_context(with_forward(norm, partial(rule, norm, norm.forward, hold)))
             for part in self._activations:
-                undo.enter_context(_forward(part, activation, hold))
+                undo.enter_context(with_forward(part, partial(activation, part, part.forward, hold)))
             own = ALL_ATTENTION_FUNCTIONS.get(kind)
             ALL_ATTENTION_FUNCTIONS[kind] = partial(_attention, own, hold)
             undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, kind)
@@ -87,17 +87,6 @@ class Frozen:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is one of the norms that `Frozen` knows."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-
-
-@contextmanager
-def _forward(module: nn.Module, rule: Callable[..., Tensor], hold: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
-    """`rule(module, its own forward, hold, x)` in place of the module's forward."""
-    own = module.forward
-    vars(module)["forward"] = partial(rule, module, own, hold)
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
 
 
 def _layer_norm(norm: Any, own: Any, hold: Any, x: Tensor) -> Tensor:

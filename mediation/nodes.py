@@ -191,7 +191,7 @@ def site_state(
         at = (part[:, 0], part[:, 1])
         here = changes(dictionary, value.at(at), other.at(at) if other is not None else None)
         baseline_x[at] = here.baseline_x
-        explained[at] = here.delta @ dictionary.decoder
+        explained[at] = dictionary.decode(here.delta)
         token, latent = here.active.nonzero(as_tuple=True)
         both = (here.latents[token, latent], here.baseline[token, latent])
         pieces.append((part[token, 0], part[token, 1], latent, *both))
@@ -221,14 +221,17 @@ def site_values(
     dictionaries: list[Dictionary],
     baseline: Baseline,
     means: dict[str, MeanState] | None = None,
+    clean: dict[Site, Tensor] | None = None,
 ) -> list[tuple[SiteValue, Reference]]:
     """The clean value of every dictionary's site on one batch, and what gives its baseline: one forward, two with
     corrupt prompts.
 
-    `means`, by dictionary name, is needed for the mean baseline only.
+    `means`, by dictionary name, is needed for the mean baseline only; `clean` are the sites' values on the clean
+    prompts where a forward pass has read them already.
     """
     sites = [site for dictionary in dictionaries for site in (dictionary.site, dictionary.reads)]
-    clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
+    if clean is None:
+        clean = model.forward(batch.clean, batch.mask, read=sites, logits=False).sites
     corrupt: dict | None = None
     if baseline is Baseline.CORRUPT:
         assert batch.corrupt is not None
@@ -250,9 +253,10 @@ def site_states(
     dictionaries: list[Dictionary],
     baseline: Baseline,
     means: dict[str, MeanState] | None = None,
+    clean: dict[Site, Tensor] | None = None,
 ) -> list[SiteState]:
-    """The state of every dictionary's site on one batch; `means` as in `site_values`."""
-    values = site_values(model, batch, dictionaries, baseline, means)
+    """The state of every dictionary's site on one batch; `means` and `clean` as in `site_values`."""
+    values = site_values(model, batch, dictionaries, baseline, means, clean)
     return [
         site_state(value, other, batch, dictionary, baseline)
         for dictionary, (value, other) in zip(dictionaries, values, strict=True)

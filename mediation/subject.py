@@ -6,8 +6,8 @@
 3. `SubjectModel.forward` is one nnsight trace that walks the sites asked for in execution order. Each value
    is read, edited and written back. With ``grad`` a read value that carries no graph (always the earliest,
    since the parameters are frozen) becomes a leaf, so that whatever comes later can be differentiated with
-   respect to it. A site that is ``cut`` always goes on as a new leaf, and what arrived there is kept with its
-   graph: no path crosses it. Without ``logits`` the trace stops after the last site read or cut.
+   respect to it. A site that is ``cut`` always goes on as a new leaf, so that no path crosses it; what arrived
+   there is kept, with its graph, where it is read too. Without ``logits`` the trace stops after the last site.
 4. `prove` runs three tokens when a model is loaded: writing each site's own value back changes no logit;
    resid_post of layer l is resid_pre of layer l + 1; resid_pre + attn_out + mlp_out is resid_post. It then
    writes the negative of every site and asks the last two again, which catches a write without effect.
@@ -16,7 +16,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,8 @@ class Forward:
     """What one forward pass gave.
 
     ``logits`` are ``[batch, n_keep, vocab]`` and ``sites`` are ``[batch, pos, d_model]``, after edits; both
-    in fp32 whatever the dtype of the weights. Where a site was cut, ``sites`` has what arrived there, before
-    its edit, and ``leaves`` what the model went on with, after it.
+    in fp32 whatever the dtype of the weights. Where a site was cut, ``leaves`` has what the model went on with,
+    after the edit, and ``sites``, if it was read too, what arrived there, before it.
     """
 
     logits: Tensor | None
@@ -242,6 +243,7 @@ class SubjectModel:
         edit: Mapping[Site, Edit] | None = None,
         cut: Sequence[Site] = (),
         positions: Tensor | None = None,
+        start: Site | None = None,
         grad: bool = False,
         logits: bool = True,
     ) -> Forward:
@@ -257,13 +259,15 @@ class SubjectModel:
                 (the edit's, where there is one).
             positions: The positions whose logits are wanted, ``[n_keep]`` for every row or ``[batch,
                 n_keep]``; None for all of them.
+            start: A residual site whose value does not depend on what comes before, since `edit` replaces it: the
+                blocks before its own are passed over.
             grad: Keep the graph. The earliest read site's value, after its edit, is a leaf that requires grad
                 (unless an edit brought a graph of its own); everything later is computed from it, so
                 ``torch.autograd.grad(m, [fwd.sites[s] for s in read])`` works.
             logits: False stops the model after the last site read or cut; edits beyond it do not run.
 
         Returns:
-            Logits and the values of the sites read and cut, fp32.
+            Logits, the values of the sites read, and the leaves of the sites cut, fp32.
 
         Raises:
             MediationError: A site the model does not have, or padding on the left.
@@ -287,17 +291,37 @@ class SubjectModel:
         kept: list[Tensor] = []
         # nnsight runs the block beside the model and waits at each site until the model gets there. Values go
         # into containers made outside it, for nothing bound inside survives the block.
-        with torch.set_grad_enabled(grad), self._nnsight.trace(**inputs) as tracer:
+        with torch.set_grad_enabled(grad), self._passed_over(start), self._nnsight.trace(**inputs) as tracer:
             for site in visits:
                 arrived, value = self._visit(site, edits.get(site), grad and site in wanted, site in cut)
                 if site in cut:
-                    values[site], leaves[site] = arrived, value
-                elif site in wanted:
-                    values[site] = value
+                    leaves[site] = value
+                if site in read:
+                    values[site] = arrived if site in cut else value
             if not logits:
                 tracer.stop()
             kept.append(self._nnsight.output.logits)
-        return Forward(kept[0].float() if kept else None, {site: values[site] for site in (*read, *cut)}, leaves)
+        return Forward(kept[0].float() if kept else None, {site: values[site] for site in read}, leaves)
+
+    @contextmanager
+    def _passed_over(self, start: Site | None) -> Iterator[None]:
+        """Blocks before that of the site `start` hand on what they are given; its own is run, for nnsight to hook."""
+        blocks = self.module.get_submodule(ARCHITECTURES[self.architecture].blocks)
+        passed = blocks[: start.layer] if start is not None else []
+        with ExitStack() as undo:
+            for block in passed:
+                undo.enter_context(with_forward(block, _hand_on))
+            yield
+
+    @contextmanager
+    def attention(self, kind: str) -> Iterator[None]:
+        """Forward passes in this block compute attention by transformers' implementation `kind`."""
+        config = self.module.config.get_text_config()
+        own, config._attn_implementation = config._attn_implementation, kind
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
 
     def _visit(self, site: Site, edit: Edit | None, differentiate: bool, cut: bool) -> tuple[Tensor, Tensor]:
         """Inside a trace: read the site, edit it, make it a leaf if it is cut or has no graph, write it back.
@@ -327,6 +351,23 @@ class SubjectModel:
         for site in sites:
             if site not in self._hooks:
                 raise MediationError(f"{self.name} has no site {site}: its layers are 0 to {self.n_layers - 1}.")
+
+
+@contextmanager
+def with_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the module's own; what the module had of its own, as nnsight's, comes back."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 def _order(site: Site) -> tuple[int, bool]:

@@ -21,7 +21,6 @@ from math import ceil
 
 import numpy as np
 import polars as pl
-import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from mediation.dictionaries import Dictionary, Fidelity, measure_fidelity
 from mediation.effects import effects, total_effect
 from mediation.errors import MediationError
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, exact
+from mediation.estimators.common import contract, states_and_gradients
 from mediation.nodes import MeanState, SiteState, mean_state, site_states
 from mediation.prompts import Baseline, Batch, Example, Half, PromptSet, batches, tokenize
 from mediation.runs import Run
@@ -95,34 +95,6 @@ def prepare(
     return Prepared(prompts, prepared, means, prompts.halves(settings.seed))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a trace will cost, from a probe of its first batch."""
-
-    seconds: float
-    memory_mb: float
-
-    def __str__(self) -> str:
-        return f"about {self.seconds:.0f} s and {self.memory_mb:.0f} MB"
-
-
-def estimate(
-    model: SubjectModel, dictionaries: Sequence[Dictionary], prepared: Prepared, settings: TraceSettings
-) -> Estimate:
-    """Time one forward of the middle batch and scale by the passes to come (a backward counts two).
-
-    Memory is what the process holds now, models loaded, and the graph of the largest batch's forward.
-    """
-    second = seconds_per_token(model, prepared)
-    tokens = sum(batch.clean.numel() for batch in prepared.batches)
-    per_token = 5 + len(dictionaries) * (3 * settings.steps + 1) + 2 * settings.top
-    longest = max(batch.clean.shape[1] for batch in prepared.batches)
-    sampled = len(dictionaries) * settings.sample * longest
-    held = psutil.Process().memory_info().rss
-    activations = 40 * model.n_layers * model.d_model * 4 * max(batch.clean.numel() for batch in prepared.batches)
-    return Estimate(second * (tokens * per_token + sampled), (held + activations) / 2**20)
-
-
 def seconds_per_token(model: SubjectModel, prepared: Prepared) -> float:
     """Of a forward, measured on the middle batch."""
     probe = prepared.batches[len(prepared.batches) // 2]
@@ -173,9 +145,12 @@ def _trace_batch(
     name: str,
 ) -> None:
     """Step 2 for one batch."""
-    states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
+    states, gradients = states_and_gradients(model, batch, dictionaries, settings.baseline, prepared.means)
     wanted = dict.fromkeys([Estimator.ATP, Estimator.IG, settings.estimator])
-    scores = {each: ESTIMATORS[each](model, batch, states, settings.estimators) for each in wanted}
+    scores = {Estimator.ATP: list(map(contract, states, gradients))}
+    scores |= {
+        each: ESTIMATORS[each](model, batch, states, settings.estimators) for each in wanted if each not in scores
+    }
     nodes, prompts, calibration = [], [], []
     for index, state in enumerate(states):
         of_state = {each: scores[each][index] for each in wanted}

@@ -72,6 +72,13 @@ def test_heads_and_neurons_are_traced_without_a_dictionary(capsys: pytest.Captur
     assert not (tmp_path / "no").exists()
 
 
+def test_a_budget_too_small_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("trace", write(tmp_path, ROWS[:2]), "--model", MODEL, "--saes", SAES, "--out", str(tmp_path / "run"))
+    assert "tokens and needs" in refused(capsys, *options, "--memory", "10MB")
+    assert "--memory is 'much'" in refused(capsys, *options, "--memory", "much")
+    assert not (tmp_path / "run").exists()
+
+
 class TestBadInput:
     """One sentence, exit code 2, nothing half written."""
 

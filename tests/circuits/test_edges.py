@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,12 +21,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from circuits.edges import (
     REST,
+    EdgeRows,
     Edges,
     Output,
+    Plan,
     Semantics,
     Sources,
     Targets,
-    _pack,
+    _jobs,
+    _passes,
+    _split,
     behaviour_edges,
     edges,
 )
@@ -316,7 +323,7 @@ def values_of(
 ) -> Tensor:
     """Values of latents' pre-activations and of last-position logits with every source site held."""
     held = {each.site: each.x for each in found.sources} | changed
-    read = [each.place for each in targets if isinstance(each.place, Site) and each.place not in held]
+    read = [each.place for each in targets if isinstance(each.place, Site)]
     edit = {s: lambda _, v=v: v for s, v in held.items()}
     run = model.forward(batch.clean, batch.mask, read=read, cut=list(held), edit=edit)
     assert run.logits is not None
@@ -400,20 +407,66 @@ def on_rows(sources: Sources, rows: list[int]) -> Sources:
     return replace(sources, row=new, **fields)
 
 
-@given(rows=st.lists(st.lists(st.integers(0, 6), max_size=30), min_size=1, max_size=4), chunk=st.integers(1, 12))
-def test_pack_carries_every_target_once_on_a_copy_of_its_row(rows: list[list[int]], chunk: int) -> None:
-    seen: list[list[int]] = [[] for _ in rows]
-    for copies, passes in _pack(rows, chunk):
-        assert 0 < len(copies) <= chunk
+@settings(deadline=None)
+@given(
+    ends=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=30), min_size=1, max_size=4),
+    chunk=st.integers(1, 12),
+)
+def test_jobs_carry_every_target_once_on_its_row_and_within_their_length(
+    setting: Setting, ends: list[list[tuple[int, int]]], chunk: int
+) -> None:
+    """Whatever targets at whatever places; jobs hold at most `chunk` prompts, passes one target of a row in a turn."""
+    sources = setting.sources
+    batch = collate([Example(row, [row + 3] * 6, None, [(5, 10, 1)], [""] * 6) for row in range(4)])
+    places = [Site.parse(name) for name in MIX] + [BETWEEN]
+    targets = [
+        Targets.directions(
+            places[number % len(places)],
+            torch.tensor([row for row, _ in each], dtype=torch.long),
+            torch.tensor([position for _, position in each], dtype=torch.long),
+            torch.zeros(len(each), D_MODEL),
+            [""] * len(each),
+        )
+        for number, each in enumerate(ends)
+    ]
+    plan = Plan.of(sorted(sources, key=lambda each: each.site.depth), targets)
+    seen: list[list[int]] = [[] for _ in targets]
+    for job in _jobs(plan, batch, chunk):
+        assert 0 < len(job.rows) <= chunk
         used = set()
-        for place, of_place in enumerate(passes):
-            assert all(of_place)
-            for chosen in of_place:
-                used |= set(chosen)
-                seen[place] += list(chosen.values())
-                assert all(copies[copy] == rows[place][target] for copy, target in chosen.items())
-        assert used == set(range(len(copies)))
-    assert [sorted(each) for each in seen] == [list(range(len(each))) for each in rows]
+        for place, chosen, row in job.targets:
+            seen[place] += chosen.tolist()
+            assert torch.equal(job.rows[row], targets[place].row[chosen])
+            assert (targets[place].position[chosen] < job.length).all()
+            assert job.wall == (plan.reach[place] or [-1])[0]
+            carried = []
+            for some, turn in _passes(row, 3):
+                assert len({(int(row[each]), int(at)) for each, at in zip(some, turn, strict=True)}) == len(some)
+                assert turn.max() < 3
+                carried += some.tolist()
+            assert sorted(carried) == list(range(len(row)))
+            used |= set(row.tolist())
+        assert used == set(range(len(job.rows)))
+    assert [sorted(each) for each in seen] == [list(range(len(each))) for each in ends]
+
+
+@given(ends=st.lists(st.integers(1, 12), min_size=1, max_size=7), starting=st.floats(0, 100))
+def test_a_prompts_targets_are_split_where_that_costs_least(ends: list[int], starting: float) -> None:
+    """Against every way to cut the sorted ends."""
+
+    def cost(groups: list[list[int]]) -> float:
+        return sum(starting + max(group) * (1 + len(group)) for group in groups)
+
+    ordered = sorted(ends)
+    best = float("inf")
+    for cuts in product([False, True], repeat=len(ends) - 1):
+        groups = [[ordered[0]]]
+        for end, new in zip(ordered[1:], cuts, strict=True):
+            groups = [*groups, [end]] if new else [*groups[:-1], [*groups[-1], end]]
+        best = min(best, cost(groups))
+    found = _split(np.array(ends), starting)
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(ends)))
+    assert cost([[ends[each] for each in group] for group in found]) == pytest.approx(best)
 
 
 def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> None:
@@ -424,6 +477,20 @@ def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> Non
     for k in range(len(full.total)):
         strongest = full.weight[full.target == k].abs().sort(descending=True).values[:3]
         assert torch.allclose(few.weight[few.target == k].abs().sort(descending=True).values, strongest, atol=1e-5)
+
+
+def test_a_sink_is_given_every_edge_once(setting: Setting) -> None:
+    model, batch, _, sources, targets = setting
+    full = edges(model, batch, sources, targets, chunk=7)
+    given: list[EdgeRows] = []
+    rest = edges(model, batch, sources, targets, chunk=7, sink=given.append)
+    assert len(given) > 3
+    assert len(rest.weight) == 0
+    assert torch.equal(rest.total, full.total)
+    assert torch.equal(rest.gap, full.gap)
+    frame = pl.concat([each.frame() for each in given]).sort("target", maintain_order=True)
+    for name in ("target", "source", "position", "latent", "weight"):
+        assert frame[name].to_list() == getattr(full, name).tolist()
 
 
 # Edges of the definition -------------------------------------------------------------------------------------

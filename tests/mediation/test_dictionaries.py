@@ -43,6 +43,7 @@ from torch import Tensor
 from mediation.dictionaries import Dictionary, attention_sinks, measure_fidelity
 from mediation.errors import FidelityWarning, MediationError
 from mediation.sites import Site, Stream
+from tests.setups import random_dictionary
 
 D_MODEL, D_SAE = 24, 40
 HOOK = "blocks.1.hook_resid_pre"
@@ -190,6 +191,26 @@ def test_encoder_rows_are_the_derivative_with_gates_held(
     jacobian = frozen_jacobian(folder, x, scale)
     assert torch.allclose(jacobian[on], dictionary.encoder[on], rtol=1e-4, atol=1e-4)
     assert not jacobian[~on].any()
+
+
+@given(share=st.floats(0, 1), rows=st.integers(0, 5))
+def test_few_latents_write_what_the_dense_product_writes(shared: Dictionary, share: float, rows: int) -> None:
+    """From none on to all on, also rows without any; and gradients reach the latents."""
+    generator = torch.Generator().manual_seed(rows)
+    size = (2, rows, shared.d_sae)
+    latents = torch.rand(size, generator=generator) * (torch.rand(size, generator=generator) < share**3)
+    latents.requires_grad_()
+    written = shared.decode(latents)
+    assert torch.allclose(written, latents @ shared.decoder, atol=1e-5)
+    if written.requires_grad and rows:
+        (gradient,) = torch.autograd.grad(written.sum(), latents)
+        dense = shared.decoder.sum(1).expand_as(latents)
+        assert torch.allclose(gradient, torch.where(latents != 0, dense, gradient), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
+    return random_dictionary(tmp_path_factory.mktemp("shared"), "blocks.1.hook_resid_pre")
 
 
 def test_encode_is_differentiable_and_weights_are_frozen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from mediation.dictionaries import Dictionary, Split
 from mediation.effects import effects, total_effect
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, atp, exact, ig
+from mediation.estimators.common import contract, states_and_gradients
 from mediation.nodes import mean_state, site_states
 from mediation.prompts import Baseline, Example, collate
 from mediation.subject import SubjectModel
@@ -39,6 +40,22 @@ def close(a: NodeScores, b: NodeScores, tolerance: float) -> bool:
         (a.latents - b.latents).abs().max() <= tolerance * scale
         and (a.error - b.error).abs().max() <= tolerance * max(scale, b.error.abs().max())
     )
+
+
+@pytest.mark.parametrize("baseline", list(Baseline))
+def test_one_pass_gives_what_states_and_atp_give(
+    llama: SubjectModel, dictionaries: list[Dictionary], baseline: Baseline
+) -> None:
+    batch = batch_of(5)
+    means = {d.name: mean_state(llama, [batch], d) for d in dictionaries} if baseline is Baseline.MEAN else None
+    states = site_states(llama, batch, dictionaries, baseline, means)
+    scores = atp(llama, batch, states, EstimatorSettings())
+    together, gradients = states_and_gradients(llama, batch, dictionaries, baseline, means)
+    for state, one, score, gradient in zip(states, together, scores, gradients, strict=True):
+        assert torch.equal(state.latent, one.latent)
+        assert torch.allclose(state.error, one.error, atol=1e-5)
+        assert not one.x.requires_grad
+        assert close(contract(one, gradient), score, 1e-4)
 
 
 @pytest.mark.parametrize("baseline", list(Baseline))

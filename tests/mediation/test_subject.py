@@ -178,6 +178,41 @@ def test_stopping_early_skips_the_rest_of_the_model(llama: SubjectModel) -> None
     assert ran == [0]
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_starting_at_a_site_gives_what_the_whole_model_gives(tiny: Callable[[str], SubjectModel], kind: str) -> None:
+    """From either spelling of a residual site, with any value there; and the model is whole again afterwards."""
+    model = tiny(kind)
+    before = model.forward(TOKENS).logits
+    for start in (Site(1, Stream.RESID_POST), Site(2, Stream.RESID_PRE)):
+        new = torch.randn(*TOKENS.shape, D_MODEL, generator=torch.Generator().manual_seed(0))
+        late = Site(2, Stream.ATTN_OUT)
+        whole, part = (
+            model.forward(TOKENS, read=[late], cut=[start], edit={start: lambda _, v=new: v}, start=begin, grad=True)
+            for begin in (None, start)
+        )
+        assert torch.equal(whole.logits, part.logits)
+        assert torch.equal(whole.sites[late], part.sites[late])
+        ends = (each.logits.square().sum() for each in (whole, part))
+        gradients = [
+            torch.autograd.grad(end, each.leaves[start])[0] for end, each in zip(ends, (whole, part), strict=True)
+        ]
+        assert torch.equal(*gradients)
+    assert torch.equal(model.forward(TOKENS).logits, before)
+
+
+def test_blocks_before_the_start_do_not_run(llama: SubjectModel) -> None:
+    ran: list[int] = []
+    hooks = [
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(llama.module.model.layers)
+    ]
+    start = Site(1, Stream.RESID_PRE)
+    llama.forward(TOKENS, edit={start: torch.zeros_like}, start=start)
+    for hook in hooks:
+        hook.remove()
+    assert ran == list(range(1, LAYERS))
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 999))
 @settings(max_examples=40, deadline=None)
