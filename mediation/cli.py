@@ -157,6 +157,23 @@ def flag(
     _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
 
 
+@app.command(epilog="Example: mediation prove runs/capitals --errors removed")
+def prove(
+    run: Annotated[Path, typer.Argument(help="Folder that a trace or demo wrote.")],
+    errors: Annotated[str, typer.Option(help="Error nodes of circuits: kept, removed or with_latents.")] = "kept",
+    top: Annotated[int, typer.Option(min=1, help="Latents of each site between which edges are cut.")] = 20,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each half, at most: to choose on, to test on.")] = 32,
+    edges: Annotated[bool, typer.Option(help="Edges too, which take many times the runs of nodes.")] = True,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Does the model do it with the circuit alone? Nodes and edges kept and cut, on prompts they were not chosen on."""
+    from mediation import commands
+
+    chosen = {"errors": errors, "top": top, "prompts": prompts, "edges": edges, "seed": seed}
+    _finish(commands.prove_command(run, chosen, quiet=as_json), as_json)
+
+
 @app.command(
     epilog="Example: mediation label packs/layer-15 --model smollm2 --text books.txt --meta packs/layer-15-meta"
 )

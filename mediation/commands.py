@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import polars as pl
 import torch
 
+from circuits.ablation import Errors
 from circuits.build import build_graph
 from circuits.consensus import Tier
 from circuits.contrast import contrast
@@ -24,6 +25,7 @@ from circuits.graph import AttributionGraph
 from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
 from circuits.prompt_graph import node_ids, prompt_graph
+from circuits.proof import Kind, ProofSettings, prove
 from circuits.pruning import Keep, prune
 from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
@@ -253,6 +255,28 @@ def inspect_command(
         "page": str(page),
         "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """`mediation prove`: circuits of the run's sites, chosen on one half of its prompts and measured on the other."""
+    kinds = tuple(Kind) if chosen["edges"] else (Kind.NODES,)
+    settings = ProofSettings(_choice(Errors, chosen["errors"], "errors"), chosen["seed"], kinds)
+    run = Run.open(path)
+    source, traced = _source_of(run)
+    traced = replace(traced, top=chosen["top"], seed=chosen["seed"])
+    discovery, evaluation = PromptSet.from_jsonl(run.path / PROMPTS_FILE).split(0.5, settings.seed)
+    discovery, evaluation = discovery[: chosen["prompts"]], evaluation[: chosen["prompts"]]
+    model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
+    dictionaries = load_dictionaries(source, str(model.device), model)
+    with run.timed("proof"), report.bar("circuits", quiet) as tick:
+        proof = prove(model, dictionaries, discovery, evaluation, traced, settings, progress=tick)
+    table, summary = proof.table(seed=settings.seed), proof.summary(seed=settings.seed)
+    run.write_table("proof", table)
+    run.write_table("circuit", proof.members)
+    run.record(proof={"settings": chosen, **summary})
+    if not quiet:
+        report.proof(table, summary)
+    return {"run": str(path), **summary, "curves": table.fill_nan(None).to_dicts()}
 
 
 def _origin(run: Run, prompt: str | None) -> Origin:

@@ -3,13 +3,15 @@
 A block's MLP writes sum_i h_i w_i + b, with h what its last projection is given and w_i that projection's columns. So
 neurons are a transcoder that is exact: read where the MLP is given its input, written to its output, no error.
 
-1. h is taken from the MLP itself, run on its input; latents are h_i |w_i|, as those of every dictionary.
+1. h is taken from the MLP itself, run on its input; latents are h_i |w_i|, as those of every dictionary. What runs is a
+   copy with the same weights, so that neurons can be read while the model runs.
 2. A neuron has no threshold: as a target it is read through its slope at the value read, d h_i / d x, in place of an
    encoder row. A gated neuron's slope goes through both branches.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -32,9 +34,8 @@ class Neurons(Dictionary):
                 f"In {model.name} a norm stands after the MLP, so that its neurons write nothing by themselves: use "
                 "Coordinates or dictionaries there."
             )
-        block = model.module.get_submodule(names.blocks)[layer]
-        self._mlp: Any = block.mlp
-        self._last: Any = block.get_submodule(names.projection)
+        self._mlp = _bare(model.module.get_submodule(names.blocks)[layer].mlp)
+        self._last = self._mlp.get_submodule(names.projection.removeprefix("mlp."))
         weight = self._last.weight.float()
         columns = weight.T if isinstance(self._last, torch.nn.Linear) else weight  # GPT-2's Conv1D is transposed
         self._norms = columns.norm(dim=-1)
@@ -71,3 +72,15 @@ class Neurons(Dictionary):
             chosen = self.encode(given)[torch.arange(len(latent), device=latent.device), latent]
             (slopes,) = torch.autograd.grad(chosen.sum(), given)
         return slopes
+
+
+def _bare(mlp: Any) -> Any:
+    """A copy that shares the weights and that nnsight, which takes over every module's forward, knows nothing of."""
+    memo: dict[int, Any] = {id(each): each for each in mlp.parameters()}
+    taken = ("forward", "__nnsight__")
+    memo |= {id(value): value for part in mlp.modules() for name, value in vars(part).items() if name in taken}
+    bare = copy.deepcopy(mlp, memo)
+    for part in bare.modules():
+        for name in taken:
+            vars(part).pop(name, None)
+    return bare

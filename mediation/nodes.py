@@ -80,12 +80,19 @@ class SiteState:
         return replace(self, free=self.free & errors, **chosen)
 
 
+At = tuple[Tensor, Tensor]  # rows and positions, long [n] each
+
+
 @dataclass
 class MeanState:
     """Mean over a prompt set of a site's value [d] and of its latents [d_sae]."""
 
     x: Tensor
     latents: Tensor
+
+    def at(self, _: At) -> MeanState:
+        """The same at every place."""
+        return self
 
 
 def free_positions(batch: Batch, baseline: Baseline) -> Tensor:
@@ -128,9 +135,44 @@ class SiteValue:
     def of(cls, dictionary: Dictionary, sites: dict[Site, Tensor]) -> SiteValue:
         return cls(sites[dictionary.site], sites[dictionary.reads])
 
+    def at(self, where: At) -> SiteValue:
+        """The value at n places, [n, d]."""
+        return SiteValue(self.x[where], self.read[where])
+
+
+Reference = SiteValue | MeanState | None
+"""What gives a latent its baseline: the corrupt prompts, the set's mean, or (None) zero."""
+
+
+@dataclass
+class Changes:
+    """A dictionary's latents at n places, all [n, d_sae]: value, baseline, which are nodes, and for these value
+    minus baseline (elsewhere 0). baseline_x [n, d]: the site with all its parts at their baseline.
+    """
+
+    latents: Tensor
+    baseline: Tensor
+    active: Tensor
+    delta: Tensor
+    baseline_x: Tensor
+
+
+def changes(dictionary: Dictionary, value: SiteValue, other: Reference) -> Changes:
+    """Latents at n places; `value` and `other` hold their values there, [n, d]. Dense: see ENCODE_TOKENS."""
+    split = dictionary.split(value.x, value.read)
+    active = split.latents != 0
+    if isinstance(other, SiteValue):
+        f0, x0 = dictionary.encode(other.read), other.x
+        active = active | (f0 != 0)
+    elif other is None:
+        f0, x0 = torch.zeros_like(split.latents), split.constant
+    else:
+        f0, x0 = other.latents.expand_as(split.latents), other.x.expand_as(value.x)
+    return Changes(split.latents, f0, active, torch.where(active, split.latents - f0, 0.0), x0)
+
 
 def site_state(
-    value: SiteValue, other: SiteValue | MeanState | None, batch: Batch, dictionary: Dictionary, baseline: Baseline
+    value: SiteValue, other: Reference, batch: Batch, dictionary: Dictionary, baseline: Baseline
 ) -> SiteState:
     """Gather the nodes of one site.
 
@@ -147,21 +189,12 @@ def site_state(
     explained = torch.zeros_like(x)
     for part in where.split(ENCODE_TOKENS):
         at = (part[:, 0], part[:, 1])
-        split = dictionary.split(x[at], value.read[at])
-        if isinstance(other, SiteValue):
-            f0, x0 = dictionary.encode(other.read[at]), other.x[at]
-            active = (split.latents != 0) | (f0 != 0)
-        elif other is None:
-            f0, x0 = torch.zeros_like(split.latents), split.constant
-            active = split.latents != 0
-        else:
-            f0, x0 = other.latents.expand_as(split.latents), other.x.expand_as(x[at])
-            active = split.latents != 0
-        baseline_x[at] = x0
-        difference = torch.where(active, split.latents - f0, 0.0)
-        explained[at] = dictionary.decode(difference)
-        token, latent = active.nonzero(as_tuple=True)
-        pieces.append((part[token, 0], part[token, 1], latent, split.latents[token, latent], f0[token, latent]))
+        here = changes(dictionary, value.at(at), other.at(at) if other is not None else None)
+        baseline_x[at] = here.baseline_x
+        explained[at] = dictionary.decode(here.delta)
+        token, latent = here.active.nonzero(as_tuple=True)
+        both = (here.latents[token, latent], here.baseline[token, latent])
+        pieces.append((part[token, 0], part[token, 1], latent, *both))
     if pieces:
         row, position, latent, clean, off = (torch.cat(group) for group in zip(*pieces, strict=True))
     else:
@@ -171,7 +204,7 @@ def site_state(
     return SiteState(dictionary, x, value.read, baseline_x, row, position, latent, clean, off, error, free)
 
 
-def _head_state(x: Tensor, other: SiteValue | MeanState | None, free: Tensor, heads: Heads) -> SiteState:
+def _head_state(x: Tensor, other: Reference, free: Tensor, heads: Heads) -> SiteState:
     base = other.x if other is not None else torch.zeros_like(x)
     baseline_x = torch.where(free.unsqueeze(-1), base, x)
     directions = heads.directions((x - baseline_x).flatten(0, 1))
@@ -182,15 +215,16 @@ def _head_state(x: Tensor, other: SiteValue | MeanState | None, free: Tensor, he
     return SiteState(heads, x, x, baseline_x, row, position, latent, clean, off, error, free, directions)
 
 
-def site_states(
+def site_values(
     model: SubjectModel,
     batch: Batch,
     dictionaries: list[Dictionary],
     baseline: Baseline,
     means: dict[str, MeanState] | None = None,
     clean: dict[Site, Tensor] | None = None,
-) -> list[SiteState]:
-    """The state of every dictionary's site on one batch: one forward, two with corrupt prompts.
+) -> list[tuple[SiteValue, Reference]]:
+    """The clean value of every dictionary's site on one batch, and what gives its baseline: one forward, two with
+    corrupt prompts.
 
     `means`, by dictionary name, is needed for the mean baseline only; `clean` are the sites' values on the clean
     prompts where a forward pass has read them already.
@@ -202,12 +236,28 @@ def site_states(
     if baseline is Baseline.CORRUPT:
         assert batch.corrupt is not None
         corrupt = model.forward(batch.corrupt, batch.mask, read=sites, logits=False).sites
-    states = []
+    found = []
     for dictionary in dictionaries:
-        other: SiteValue | MeanState | None = None
+        other: Reference = None
         if corrupt is not None:
             other = SiteValue.of(dictionary, corrupt)
         elif means is not None:
             other = means[dictionary.name]
-        states.append(site_state(SiteValue.of(dictionary, clean), other, batch, dictionary, baseline))
-    return states
+        found.append((SiteValue.of(dictionary, clean), other))
+    return found
+
+
+def site_states(
+    model: SubjectModel,
+    batch: Batch,
+    dictionaries: list[Dictionary],
+    baseline: Baseline,
+    means: dict[str, MeanState] | None = None,
+    clean: dict[Site, Tensor] | None = None,
+) -> list[SiteState]:
+    """The state of every dictionary's site on one batch; `means` and `clean` as in `site_values`."""
+    values = site_values(model, batch, dictionaries, baseline, means, clean)
+    return [
+        site_state(value, other, batch, dictionary, baseline)
+        for dictionary, (value, other) in zip(dictionaries, values, strict=True)
+    ]

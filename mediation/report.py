@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -126,8 +127,9 @@ def _latents(result: dict[str, Any], model: SubjectModel) -> None:
     measured = {(row["site"], row["latent"]): row for row in result["effects"]}
     table = _table(
         "Top latents", "site", "role", "latent", "#attribution, 95 %", "#TIE", "#NIE", "#recurs",
-        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose these latents among them; TIE, NIE: "
-        "measured, at all positions; recurs: tier, and share of held-out prompts whose own graph keeps it",
+        caption="label: or the token it fires hardest on; attribution: mean over all prompts, nats, those that chose "
+        "these latents among them; TIE, NIE: measured, at all positions; recurs: tier, and share of held-out prompts "
+        "whose own graph keeps it",
     )  # fmt: skip
     table.add_column("label", max_width=40, min_width=12)
     for row in result["top_latents"][:SHOWN]:
@@ -154,6 +156,31 @@ def paths(graph: AttributionGraph, n: int) -> None:
     """The strongest paths as a tree."""
     console.print("\n[bold]Strongest paths[/bold], from the behaviour back to the tokens")
     console.print(path_tree(graph, n))
+
+
+def proof(table: pl.DataFrame, summary: dict[str, Any]) -> None:
+    """Faithfulness and completeness at every size, areas, and where a baseline is better."""
+    for kind, figures in summary.items():
+        names = list(figures["scores"])
+        rows = table.filter(pl.col("kind") == kind)
+        shown = _table(
+            f"Circuits of {kind}: faithfulness / completeness on {figures['prompts']} prompts", "#kept",
+            *(f"#{name}" for name in names),
+            caption="faithfulness: what the circuit does of what the model does (1: all of it); completeness: what is "
+            f"left without it (0: nothing); of {figures['of']} {kind}; behaviour {figures['clean']:+.2f} clean, "
+            f"{figures['empty']:+.2f} with nothing kept",
+        )  # fmt: skip
+        for (size,), at in rows.group_by("size", maintain_order=True):
+            cells = dict(zip(at["ranking"], zip(at["faithfulness"], at["completeness"], strict=True), strict=True))
+            shown.add_row(str(size), *(" / ".join(_number(each) for each in cells[name]) for name in names))
+        for area, label in (("cpr_log", "CPR, log k"), ("cmd_log", "CMD, log k"), ("cpr", "CPR"), ("cmd", "CMD")):
+            values = [figures["scores"][name][area]["value"] for name in names]
+            shown.add_row(label, *map(_number, values), style="bold")
+        console.print(shown)
+        for name, each in figures["against"].items():
+            if each["baseline_closer_at"]:
+                where = f"{', '.join(map(str, each['baseline_closer_at']))} {kind}"
+                console.print(f"{escape(name)} is closer to the model than the circuit at {where}.", style="yellow")
 
 
 def kept(graph: AttributionGraph, groups: Sequence[Supernode]) -> None:

@@ -54,7 +54,7 @@ def test_help_answers_in_under_a_second() -> None:
     result = command("--help")
     assert time.perf_counter() - start < 1.0
     assert result.returncode == 0
-    for name in ("demo", "trace", "inspect", "contrast", "flag", "label", "organism", "train", "bench"):
+    for name in ("demo", "trace", "inspect", "prove", "contrast", "flag", "label", "organism", "train", "bench"):
         assert name in result.stdout
 
 
