@@ -40,7 +40,7 @@ from mediation.trace import Prepared, TraceSettings
 SHARE = 0.8  # of the free memory that is used where no budget is given
 PROBE = 64  # tokens of the probe's longer sequence
 FLOAT = 4
-LIBRARIES = 100 * 2**20  # what the libraries that write tables and graphs take once they are in use
+LIBRARIES = 200 * 2**20  # what the libraries that write tables and graphs take once they are in use
 EDGE = 200  # bytes of an edge in the tables of a batch
 AT = 2  # positions at which a latent of the graph is on in a prompt, as a guess
 NODE = 300  # bytes of a latent node in states, scores and the tables of one site's shard

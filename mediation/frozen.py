@@ -71,16 +71,17 @@ class Frozen:
     def _patched(self, hold: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
         """`hold(module, *factors)` says which factors a module multiplies with."""
         activation = _gate if self._gated else _secant
-        kind = self._config._attn_implementation
+        kinds = {self._config._attn_implementation, "eager"}  # a forward pass inside may take the plain one
         with ExitStack() as undo:
             for norm in self._norms:
                 rule = _layer_norm if isinstance(norm, nn.LayerNorm) else _rms_norm
                 undo.enter_context(with_forward(norm, partial(rule, norm, norm.forward, hold)))
             for part in self._activations:
                 undo.enter_context(with_forward(part, partial(activation, part, part.forward, hold)))
-            own = ALL_ATTENTION_FUNCTIONS.get(kind)
-            ALL_ATTENTION_FUNCTIONS[kind] = partial(_attention, own, hold)
-            undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, kind)
+            for kind in kinds:
+                own = ALL_ATTENTION_FUNCTIONS.get(kind)
+                ALL_ATTENTION_FUNCTIONS[kind] = partial(_attention, own, hold)
+                undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, kind)
             yield
 
 
