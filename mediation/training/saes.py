@@ -106,6 +106,8 @@ class SAETraining:
         self.trainer = SAETrainer(
             cfg=_trainer_settings(settings, len(first), device), sae=self.sae, data_provider=iter([])
         )
+        for group in self.trainer.optimizer.param_groups:  # one pass over memory where SAELens' default takes many
+            group["foreach"], group["fused"] = False, True
         self.sae.bf16 = settings.bf16
         first = first.float()
         if settings.normalize:

@@ -122,9 +122,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
         centred = x - self.b_dec
-        sample = centred[:SAMPLED_ROWS] @ self.W_enc + self.b_enc
-        self.threshold = self._threshold(sample.detach())
-        pattern = self._pattern(centred.detach())
+        sample, pattern = self._pattern(centred.detach())
         # The encoder's input is centred on b_dec, whose gradient flows through both encoder and decoder.
         values = Encode.apply(centred, self.W_enc, self.b_enc, pattern).relu()
         out, low, losses = self.b_dec.expand_as(x), 0, {}
@@ -133,8 +131,9 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
             out = out + Decode.apply(values[mask], self.W_dec, level)
             losses[f"mse_loss_{width}"] = (out - x).square().sum(dim=1).mean()
             low = width
-        losses["auxiliary_reconstruction_loss"] = self.calculate_topk_aux_loss(
-            x[:SAMPLED_ROWS], out[:SAMPLED_ROWS], sample, step_input.dead_neuron_mask
+        few = slice(SAMPLED_ROWS)
+        losses["auxiliary_reconstruction_loss"] = self._revival(
+            centred[few], (x - out)[few].detach(), step_input.dead_neuron_mask
         )
         self._remember_threshold()
         fired = torch.sparse_coo_tensor(
@@ -146,20 +145,35 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
             sae_in=x, sae_out=out, feature_acts=fired, hidden_pre=sample, loss=loss, losses=losses, metrics={}
         )
 
-    def _threshold(self, sample: Tensor) -> Tensor:
-        return sample.flatten().topk(int(self.cfg.k * len(sample)), sorted=False).values.min().relu()
+    def _revival(self, x: Tensor, residual: Tensor, dead: Tensor | None) -> Tensor:
+        """Step 4: SAELens' `calculate_topk_aux_loss`, with the columns of dead latents alone.
+
+        x, residual [rows, d]: centred input and what the others leave over; dead: bool [d_sae].
+        """
+        index = torch.zeros(0) if dead is None else dead.nonzero()[:, 0]
+        if not len(index):
+            return x.new_zeros(())
+        most = x.shape[1] // 2
+        hidden = x @ self.W_enc[:, index] + self.b_enc[index]
+        top = hidden.topk(min(most, len(index)), sorted=False)
+        acts = torch.zeros_like(hidden).scatter(-1, top.indices, top.values)
+        loss = (acts @ self.W_dec[index] - residual).square().sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * min(len(index) / most, 1.0) * loss
 
     @torch.no_grad()
-    def _pattern(self, x: Tensor) -> Pattern:
+    def _pattern(self, x: Tensor) -> tuple[Tensor, Pattern]:
+        """Steps 1 and 2: the pre-activations that the threshold was measured on, and the pattern."""
         dtype = torch.bfloat16 if self.bf16 else x.dtype
         encoder, bias, x = self.W_enc.to(dtype), self.b_enc.to(dtype), x.to(dtype)
+        sample = torch.addmm(bias, x[:SAMPLED_ROWS], encoder).float()
+        self.threshold = sample.flatten().topk(int(self.cfg.k * len(sample)), sorted=False).values.min().relu()
         found = []
         for start in range(0, len(x), BLOCK_ROWS):
             passed = torch.addmm(bias, x[start : start + BLOCK_ROWS], encoder) > self.threshold
             row, latent = passed.nonzero(as_tuple=True)
             found.append((row + start, latent))
         rows, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Pattern.of(rows, latents, len(x), self.cfg.d_sae)
+        return sample, Pattern.of(rows, latents, len(x), self.cfg.d_sae)
 
     @torch.no_grad()
     def _remember_threshold(self) -> None:
