@@ -39,7 +39,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from circuits.edges import EMBEDDING_SITE, REST, Plan, Sources, Targets
+from circuits.edges import REST, Plan, Sources, Targets, embeddings_apart
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.estimators.common import behaviour
 from mediation.heads import Heads
@@ -132,7 +132,7 @@ class Cut:
         values = site_values(model, batch, ordered, baseline, means)
         pairs = list(zip(ordered, values, strict=True))
         sources = [Sources.of(site_state(value, other, batch, each, baseline)) for each, (value, other) in pairs]
-        if all(each.site.canonical() != EMBEDDING_SITE for each in ordered):
+        if embeddings_apart(ordered):
             sources.insert(0, Sources.embeddings(model, batch, baseline, mean_embedding))
         references = tuple(other for _, other in values)
         widths = tuple(each.d_sae // old.d_sae for old, each in zip(given, ordered, strict=True))

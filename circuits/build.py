@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuits.calibration import calibrate_edges, kept_sample, missed_important
 from circuits.consensus import consensus_tables
-from circuits.edges import EMBEDDING_SITE, Edges, Sources, Targets, behaviour_edges, edges
+from circuits.edges import Edges, Sources, Targets, behaviour_edges, edges, embeddings_apart, mean_embedding
 from circuits.graph import AttributionGraph
 from circuits.prompt_graph import ENDS, known_source, node_ids, with_roles
 from mediation.dictionaries import Dictionary
@@ -55,11 +55,12 @@ def build_graph(
     ordered = sorted(dictionaries, key=lambda dictionary: dictionary.site.depth)
     nodes = graph_nodes(run, ordered, settings, model)
     run.write_table("graph_nodes", nodes.select("id", "kind", "site", "role", "latent", "name", "label"))
+    embedding = mean_embedding(model, prepared.batches) if settings.baseline is Baseline.MEAN else None
     with run.timed("edges"):
         for number, batch in enumerate(prepared.batches):
             if not run.has_shard("edges", name := f"{number:05d}"):
                 run.write_shard("tokens", name, token_table(batch, prepared, model))
-                found, measured, effects = _batch_edges(model, ordered, batch, prepared, nodes, settings)
+                found, measured, effects = _batch_edges(model, ordered, batch, prepared, nodes, settings, embedding)
                 run.write_shard("edge_calibration", name, measured)
                 run.write_shard("kept_calibration", name, effects)
                 run.write_shard("edges", name, found)
@@ -152,6 +153,7 @@ def _batch_edges(
     prepared: Prepared,
     nodes: pl.DataFrame,
     settings: TraceSettings,
+    embedding: Tensor | None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """Step 2 for one batch: in-edges of the chosen nodes and of the behaviour, by prompt.
 
@@ -160,8 +162,8 @@ def _batch_edges(
     states = site_states(model, batch, list(dictionaries), settings.baseline, prepared.means)
     _, gradients = behaviour_gradient(model, batch, [d.site for d in dictionaries])
     sources = [Sources.of(state) for state in states]
-    if all(dictionary.site.canonical() != EMBEDDING_SITE for dictionary in dictionaries):
-        sources.append(_embeddings(model, batch, prepared, settings.baseline))
+    if embeddings_apart(dictionaries):
+        sources.append(Sources.embeddings(model, batch, settings.baseline, embedding))
     chosen = [_chosen(state, batch, nodes) for state in states]
     targets = [Targets.latents(*each) for each in zip(states, gradients, chosen, strict=True)]
     between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
@@ -192,15 +194,6 @@ def _measured(
             "exact_effect": exact.double().cpu().numpy(),
         }
     )
-
-
-def _embeddings(model: SubjectModel, batch: Batch, prepared: Prepared, baseline: Baseline) -> Sources:
-    mean = None
-    if baseline is Baseline.MEAN:
-        table = model.module.get_input_embeddings().weight
-        tokens = torch.cat([each.clean[each.mask.bool()] for each in prepared.batches])
-        mean = table[tokens].mean(dim=0)
-    return Sources.embeddings(model, batch, baseline, mean)
 
 
 def _chosen(state: SiteState, batch: Batch, nodes: pl.DataFrame) -> Tensor:

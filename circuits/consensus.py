@@ -6,8 +6,9 @@ Algorithm
 2. `attribution`, `weight` and `contribution` are means over all prompts: they describe this set, and add up.
 3. Every claim beyond it is measured on the evaluation prompts, of which nodes were not chosen (they come from the
    discovery prompts): `held_out` is the mean there, `low` and `high` its bootstrap interval over prompts.
-4. `frequency` is the share of evaluation prompts in which pruning the prompt's own graph by influence keeps the
-   node or edge (`circuits.pruning`). Kept are the fewest nodes that hold NODE_SHARE of all influence, edges EDGE_SHARE.
+4. `frequency` is the share of evaluation prompts whose own graph keeps the node or edge: the fewest nodes that hold
+   KEEP.nodes of all influence there, and the fewest edges that hold KEEP.edges (circuits.pruning, where error nodes
+   and embeddings stay in any case; here they compete too, so that their frequency says something).
 5. Two criteria: the interval excludes zero; it is kept in at least OFTEN of the prompts. Tier: consensus meets
    both, noise neither, contingent one. Contingent is thus what acts alike in few prompts, or in many with a sign
    that depends on the prompt. Fewer than FEWEST evaluation prompts bear neither interval nor tier.
@@ -31,13 +32,13 @@ import polars as pl
 
 from circuits.graph import TARGET, NodeKind
 from circuits.prompt_graph import EMBEDDINGS, ENDS, known_source, known_target, node_ids, role_edges
-from circuits.pruning import flow, one_hot
+from circuits.pruning import Keep, fewest, flow, one_hot
 from mediation.prompts import Half
 from mediation.runs import Run
 from mediation.statistics import Floats, bootstrap_interval
 from mediation.trace import prompt_ids
 
-NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of a prompt's influence that its kept nodes and its kept edges hold
+KEEP = Keep()  # shares of a prompt's influence that its kept nodes and its kept edges hold
 OFTEN = 0.6  # of the prompts
 FEWEST = 6  # prompts: so many values are all of one sign by chance in 1 case of 32, five in 1 of 16
 
@@ -88,8 +89,8 @@ def consensus_tables(run: Run, nodes: pl.DataFrame, *, estimator: str, seed: int
     of_nodes, of_edges = flow(edges, source, target, len(index))
     split = len(held_out) < len(everyone)
     found = [
-        doubt(each, kept(amount, share), judged=split, seed=seed)
-        for each, amount, share in ((values, of_nodes[:, :-1], NODE_SHARE), (edges, of_edges, EDGE_SHARE))
+        doubt(each, fewest(amount, share), judged=split, seed=seed)
+        for each, amount, share in ((values, of_nodes[:, :-1], KEEP.nodes), (edges, of_edges, KEEP.edges))
     ]
     return table.with_columns(found[0].columns()), mean.with_columns(found[1].columns())
 
@@ -127,18 +128,6 @@ def _matrix(rows: pl.DataFrame, items: pl.DataFrame, prompts: Sequence[str]) -> 
     values = np.zeros((len(prompts), len(items)))
     np.add.at(values, (found["row"].to_numpy(), found["column"].to_numpy()), found["value"].to_numpy())
     return values
-
-
-def kept(amounts: Floats, share: float) -> np.ndarray:
-    """Bool [P, m]: in each row, the fewest of the `amounts` (not negative) that hold `share` of their sum."""
-    order = np.argsort(-amounts, axis=1, kind="stable")
-    ranked = np.take_along_axis(amounts, order, axis=1)
-    running = ranked.cumsum(axis=1)
-    # A sum that reaches the share but for rounding has reached it.
-    enough = (share - 1e-12) * running[:, -1:]
-    chosen = np.empty(amounts.shape, dtype=bool)
-    np.put_along_axis(chosen, order, (running - ranked < enough) & (ranked > 0), axis=1)
-    return chosen
 
 
 def doubt(values: Floats, selected: np.ndarray, *, judged: bool = True, seed: int = 0) -> Doubt:

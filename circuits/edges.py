@@ -54,6 +54,7 @@ from torch import Tensor
 
 from circuits.graph import TARGET, NodeKind, latent_id
 from mediation.behaviours import keep_positions, score
+from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.frozen import Frozen
 from mediation.nodes import SiteState, free_positions
@@ -301,6 +302,24 @@ def _head(sources: Sources) -> str:
     return "embed" if sources.rest_kind is NodeKind.EMBEDDING else sources.site.name
 
 
+def embeddings_apart(dictionaries: Sequence[Dictionary]) -> bool:
+    """Whether no dictionary is at the token embeddings, so that these are sources of their own."""
+    return all(each.site.canonical() != EMBEDDING_SITE for each in dictionaries)
+
+
+def mean_embedding(model: SubjectModel, batches: Sequence[Batch]) -> Tensor:
+    """What the first block is given on average, [d]: the mean baseline of embeddings, over all nodes' positions.
+
+    Read off the model and not its table: some families scale the embeddings, or add positions to them.
+    """
+    total, count = torch.zeros(model.d_model, dtype=torch.float64, device=model.device), 0
+    for batch in batches:
+        x = model.forward(batch.clean, batch.mask, read=[EMBEDDING_SITE], logits=False).sites[EMBEDDING_SITE]
+        here = x[free_positions(batch, Baseline.MEAN)]
+        total, count = total + here.sum(dim=0, dtype=torch.float64), count + len(here)
+    return (total / count).float()
+
+
 def edges(
     model: SubjectModel,
     batch: Batch,
@@ -323,7 +342,7 @@ def edges(
     """
     ordered = _ordered(sources)
     if chunk < 1:
-        raise MediationError(f"The chunk of prompts in one backward is {chunk}: give 1 or more.")
+        raise MediationError(f"The chunk of gradients in one backward is {chunk}: give 1 or more.")
     plan = Plan.of(ordered, targets)
     found = _Collector(ordered, targets, keep)
     for job in _jobs(plan, batch, chunk):

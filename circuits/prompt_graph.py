@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import polars as pl
 
+from circuits.edges import EMBEDDING_SITE
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.runs import Run
-from mediation.trace import NODE_KEYS, prompt_table
+from mediation.trace import NODE_KEYS, error_shares, prompt_table
 
 LISTED = 5  # ids named to someone who asks for a prompt that is not there
-EMBEDDINGS = "blocks.0.hook_resid_pre"
+EMBEDDINGS = EMBEDDING_SITE.name
 ENDS = ("source", "target")
 
 
@@ -77,16 +78,13 @@ def prompt_graph(run: Run, prompt_id: str) -> AttributionGraph:
     nodes = run.read("nodes").filter(mine).group_by(NODE_KEYS, maintain_order=True).agg(
         pl.col("clean").first(), *(pl.col(name).sum() for name in dict.fromkeys([estimator, "ig"]))
     )  # fmt: skip
-    shares = nodes.group_by("site", maintain_order=True).agg(
-        pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
-    )
     meta = {
         "prompt": prompt_id,
         "behaviour": run.settings.get("behaviour"),
         "total_effect": effects["clean"][0] - effects["baseline"][0],
         "tokens": tokens["text"].to_list(),
         "roles": tokens["role"].to_list(),
-        "error_share": dict(shares.iter_rows()),
+        "error_share": error_shares(nodes),
     }
     table = pl.concat([_nodes(nodes, tokens, run.read("graph_nodes"), estimator), _embeddings(tokens)], how="diagonal")
     table = table.filter(pl.col("id").is_in(pl.concat([edges["source"], edges["target"]]).unique().implode()))

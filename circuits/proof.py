@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from circuits.ablation import Cut, Errors, Nodes, error_nodes, run_edges, run_nodes
+from circuits.edges import mean_embedding
 from circuits.faithfulness import Curve, interval, prompt_weights, sizes
 from circuits.graph import TARGET
 from circuits.rankings import (
@@ -237,7 +238,7 @@ def discover(
     prepared, embedding = half.prepared, None
     if traced.baseline is Baseline.MEAN:
         means = {each.name: mean_state(model, prepared.batches, each) for each in ordered}
-        prepared, embedding = replace(prepared, means=means), _mean_embedding(model, prepared)
+        prepared, embedding = replace(prepared, means=means), mean_embedding(model, prepared.batches)
     nodes = score_nodes(model, ordered, prepared, half.places, traced)
     rankings = _node_rankings(name, nodes, settings.seed) if Kind.NODES in settings.kinds else []
     links = None
@@ -264,12 +265,6 @@ def _edge_rankings(name: str, scores: EdgeScores, settings: ProofSettings) -> li
         every = scores.there.flatten().nonzero()[:, 0]
         found["random"] = [every[by_chance(len(every), settings.seed + draw)] for draw in range(DRAWS)]
     return [Ranking(each, Kind.EDGES, orders, scores.ends.nodes, scores.there) for each, orders in found.items()]
-
-
-def _mean_embedding(model: SubjectModel, prepared: Prepared) -> Tensor:
-    """The mean token embedding [d] over the clean prompts: the mean baseline of embeddings."""
-    tokens = torch.cat([each.clean[each.mask.bool()] for each in prepared.batches])
-    return model.module.get_input_embeddings().weight[tokens].mean(dim=0)
 
 
 def _curve(

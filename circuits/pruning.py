@@ -3,10 +3,9 @@
 Algorithm
 1. An edge's share is |contribution| over the sum of |contribution| of all edges into the same node.
 2. A node's influence is the sum over all its paths to the target of the product of their shares: I(target) = 1,
-   I(u) = sum_d share(u, d) I(d), in one pass over the graph's generations from the target back: linear in the number
-   of edges. An edge's influence is share(u, d) I(d). So the out-edges
-   of a node sum to its own influence, and all nodes without in-edges sum to 1: it is the fraction of the absolute
-   flow into the target that passes through.
+   I(u) = sum_d share(u, d) I(d), in one pass over the graph's generations from the target back. An edge's influence is
+   share(u, d) I(d). So the out-edges of a node sum to its own influence, and all nodes without in-edges sum to 1: it
+   is the fraction of the absolute flow into the target that passes through.
 3. Of the latents, keep the fewest whose influences sum to `nodes` of the sum over all latents. Error nodes and
    embeddings do not compete: what dictionaries miss must stay visible.
 4. Drop what dangles: a latent that had in-edges and has none from kept nodes, and any node that no longer
@@ -142,8 +141,20 @@ def _strongest(values: Mapping[Key, float], share: float) -> list[Key]:
     ranked: list[Key] = sorted(values, key=lambda name: (-values[name], name))
     if share == 1:
         return ranked  # those of no influence too, which a sum cannot tell
-    before = np.cumsum([0.0, *(values[name] for name in ranked)])
-    return ranked[: int(np.searchsorted(before[:-1], share * before[-1]))]
+    (chosen,) = fewest(np.array([[values[name] for name in ranked]]), share)
+    return [name for name, each in zip(ranked, chosen, strict=True) if each]
+
+
+def fewest(amounts: Floats, share: float) -> np.ndarray:
+    """Bool [P, m]: in each row, the fewest of the `amounts` (not negative) that hold `share` of their sum."""
+    order = np.argsort(-amounts, axis=1, kind="stable")
+    ranked = np.take_along_axis(amounts, order, axis=1)
+    running = ranked.cumsum(axis=1)
+    # A sum that reaches the share but for rounding has reached it.
+    enough = (share - 1e-12) * running[:, -1:]
+    chosen = np.empty(amounts.shape, dtype=bool)
+    np.put_along_axis(chosen, order, (running - ranked < enough) & (ranked > 0), axis=1)
+    return chosen
 
 
 def _connected(digraph: nx.DiGraph, chosen: set[str]) -> set[str]:

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from circuits.ablation import EMBEDDING, Nodes
-from circuits.edges import EMBEDDING_SITE, REST, Edges, Sources, Targets, behaviour_edges, edges
+from circuits.edges import (
+    EMBEDDING_SITE,
+    REST,
+    Edges,
+    Sources,
+    Targets,
+    behaviour_edges,
+    edges,
+    embeddings_apart,
+)
 from circuits.graph import embedding_id, latent_id
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.errors import MediationError
@@ -137,7 +146,7 @@ def score_edges(
 ) -> EdgeScores:
     """Step 2, with `settings.top` candidates a site."""
     ordered = sorted(dictionaries, key=lambda each: each.site.depth)
-    embedded = all(each.site.canonical() != EMBEDDING_SITE for each in ordered)
+    embedded = embeddings_apart(ordered)
     first = int(embedded)
     n_places = 1 + max(int(each.max()) for each in places)
     chosen = _strongest(scores, len(ordered), settings.top)

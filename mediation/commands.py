@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -47,7 +48,7 @@ from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, meta_made_from, text_quality, with_published
-from mediation.runs import Run, peak_memory_mb
+from mediation.runs import Run, peak_memory_mb, write_frame
 from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
@@ -147,6 +148,7 @@ def trace_command(
     if (out / "run.json").is_file():  # its shards are those of its batches, which the memory of that time has set
         earlier = Run.open(out).settings
         settings = replace(settings, **{name: earlier[name] for name in ("batch_size", "chunk") if name in earlier})
+        budget = sys.maxsize if budget is None else budget  # what was begun goes on, however little is free by now
     model, dictionaries, prepared = _open(source, prompts, settings)
     prepared, settings, cost = fit(model, dictionaries, prepared, settings, budget)
     run = Run.create(
@@ -162,7 +164,7 @@ def trace_command(
         },
     )
     run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
-    run.record(memory={"budget": budget, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
+    run.record(memory={"budget": memory, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
     with report.bar("attribution", quiet) as tick:
@@ -327,10 +329,10 @@ def contrast_command(first: Path, second: Path, out: Path | None, seed: int, *, 
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for name, table in (("nodes", found.nodes), ("edges", found.edges)):
-                table.write_parquet(out / f"{name}.parquet")
         except OSError as error:
             raise MediationError(f"Cannot write into {out} ({error.strerror}); choose another folder.") from error
+        for name, table in (("nodes", found.nodes), ("edges", found.edges)):
+            write_frame(out / f"{name}.parquet", table)
         result["out"] = str(out)
     if not quiet:
         report.contrast(found, str(first), str(second))

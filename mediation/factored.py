@@ -18,7 +18,9 @@ function of the rows. Values are the smallest sets that are far more linear than
 4. Sets that exclude each other and leave no row out are the values of one attribute; one missing value is what
    the others leave over. Reassign every row to its nearest value. Remove the attributes found, start again at 2.
    Sets that fit no attribute stay as facts of their own, when attributes do not explain them.
-5. Directions: least squares of rows on memberships, of least norm, so that an attribute's values are told from
+5. Fit all attributes at once: every row to the value nearest to what the other attributes leave of it. A value whose
+   residuals fall clearly in two is divided, the clearest first, and all are fitted again.
+6. Directions: least squares of rows on memberships, of least norm, so that an attribute's values are told from
    their middle; the bias takes the rest. A two-valued attribute becomes two opposite meta-latents, so that codes are
    never negative.
 7. Encoder: least squares of memberships on rows in the signal space, and a threshold half-way between the mean

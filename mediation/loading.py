@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "model.language_model.layers", _GEMMA2.attn_out, _GEMMA2.mlp_out, "model.language_model.norm"
     ),
     "gpt2": Architecture(
-        "transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", "mlp.c_proj", False, "attn.c_proj"
+        "transformer.h", "attn", "mlp", "transformer.ln_f", "mlp.act", "mlp.c_proj", gated=False, heads="attn.c_proj"
     ),
     "gpt_neox": Architecture(
         "gpt_neox.layers",
@@ -63,8 +63,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt_neox.final_layer_norm",
         "mlp.act",
         "mlp.dense_4h_to_h",
-        False,
-        "attention.dense",
+        gated=False,
+        heads="attention.dense",
     ),
 }
 

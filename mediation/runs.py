@@ -126,7 +126,7 @@ class Run:
 
     def write_shard(self, kind: str, name: str, frame: pl.DataFrame) -> Path:
         """Write `{kind}/{name}.parquet` whole; an earlier shard of that name is replaced."""
-        return self._write_frame(self._shard(kind, name), frame)
+        return write_frame(self._shard(kind, name), frame)
 
     def has_shard(self, kind: str, name: str) -> bool:
         """Whether that piece of work is done."""
@@ -134,7 +134,7 @@ class Run:
 
     def write_table(self, name: str, frame: pl.DataFrame) -> Path:
         """Write `{name}.parquet`, a table of one file such as flags."""
-        return self._write_frame(self.path / f"{_checked(name)}.parquet", frame)
+        return write_frame(self.path / f"{_checked(name)}.parquet", frame)
 
     def has(self, kind: str) -> bool:
         """Whether there is anything of that kind to `read`."""
@@ -156,7 +156,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a UTF-8 text file such as graph.json or index.html."""
-        return self._write(self.path / _checked(name), text.encode())
+        return _write(self.path / _checked(name), text.encode())
 
     def _sweep(self) -> None:
         """Remove what a killed writer left behind."""
@@ -175,29 +175,33 @@ class Run:
         return shards or ([table] if table.exists() else [])
 
     def _write_info(self, info: dict[str, Any]) -> None:
-        self._write(self.path / "run.json", json.dumps(info, indent=2, allow_nan=False).encode())
+        _write(self.path / "run.json", json.dumps(info, indent=2, allow_nan=False).encode())
 
-    def _write_frame(self, file: Path, frame: pl.DataFrame) -> Path:
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer)
-        return self._write(file, buffer.getvalue())
 
-    def _write(self, file: Path, data: bytes) -> Path:
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def write_frame(file: Path, frame: pl.DataFrame) -> Path:
+    """A table as Parquet, whole or not at all. MediationError when it cannot be written."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return _write(file, buffer.getvalue())
+
+
+def _write(file: Path, data: bytes) -> Path:
+    """Step 1."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(exist_ok=True)
         try:
-            file.parent.mkdir(exist_ok=True)
-            try:
-                with temporary.open("wb") as handle:
-                    handle.write(data)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.replace(temporary, file)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise _unwritable(file, error) from error
-        return file
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    return file
 
 
 def peak_memory_mb() -> float:

@@ -272,17 +272,21 @@ def trust(run: Run) -> dict[str, object]:
     effect = prompts["clean"] - prompts["baseline"]
     per_site = prompts.with_columns(te=effect, gap=(pl.col("ig") - effect).abs()).group_by("site", maintain_order=True)
     gaps = per_site.agg(gap=pl.col("gap").mean() / pl.col("te").abs().mean())
-    on_error = nodes.group_by("site", maintain_order=True).agg(
-        share=pl.col("ig").abs().filter(pl.col("latent").is_null()).sum() / pl.col("ig").abs().sum()
-    )
+    on_error = error_shares(nodes)
     measured = sample["exact_effect"].to_numpy()
     compared = {name: asdict(agreement(sample[name].to_numpy(), measured)) for name in (Estimator.ATP, Estimator.IG)}
     return {
         "conservation_gap": dict(gaps.iter_rows()),
-        "error_share": dict(on_error.iter_rows()),
+        "error_share": on_error,
         "estimator_vs_exact": {name.value: value for name, value in compared.items()},
-        "warnings": error_warnings(dict(on_error.iter_rows())),
+        "warnings": error_warnings(on_error),
     }
+
+
+def error_shares(nodes: pl.DataFrame) -> dict[str, float]:
+    """Of each site, the share of absolute `ig` attribution that is on error nodes; nodes: site, latent, ig."""
+    size, error = pl.col("ig").abs(), pl.col("latent").is_null()
+    return dict(nodes.group_by("site", maintain_order=True).agg(size.filter(error).sum() / size.sum()).iter_rows())
 
 
 def error_warnings(shares: Mapping[str, float]) -> list[str]:

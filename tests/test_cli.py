@@ -79,6 +79,20 @@ def test_a_budget_too_small_is_one_sentence(capsys: pytest.CaptureFixture[str], 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_goes_on_with_its_own_batches_however_little_memory_is_free_by_now(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    options = ["trace", write(tmp_path, ROWS[:4]), "--model", MODEL, "--saes", SAES, "--sample", "4", "--steps", "2"]
+    main([*options, "--out", str(out), "--json"])
+    first = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("circuits.memory.free", lambda device: 0)
+    assert "tokens and needs" in refused(capsys, *options, "--out", str(tmp_path / "new"))
+    main([*options, "--out", str(out), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["top_latents"] == first["top_latents"]
+
+
 class TestBadInput:
     """One sentence, exit code 2, nothing half written."""
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from circuits.consensus import FEWEST, Tier, consensus_tables, doubt, kept
+from circuits.consensus import FEWEST, Tier, consensus_tables, doubt
 from circuits.graph import TARGET, AttributionGraph
-from circuits.pruning import flow
+from circuits.pruning import fewest, flow
 from mediation.statistics import bootstrap_interval
 from tests.circuits.planted_runs import graph_nodes, node_id, planted_run
 
@@ -63,7 +63,7 @@ def test_influence_is_the_sum_over_all_paths(seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(arrays(np.float64, (2, 6), elements=st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0])), st.floats(0.1, 1.0))
 def test_kept_are_the_fewest_that_hold_the_share(amounts: np.ndarray, share: float) -> None:
-    for row, chosen in zip(amounts, kept(amounts, share), strict=True):
+    for row, chosen in zip(amounts, fewest(amounts, share), strict=True):
         need = share * row.sum() - 1e-9
         smallest = next(
             size for size in range(7) if any(row[list(c)].sum() >= need for c in combinations(range(6), size))
@@ -81,7 +81,7 @@ def test_tiers_of_planted_behaviour() -> None:
     either = rng.choice([-1.0, 1.0], 30)
     nothing = rng.normal(0, 0.01, 30)
     values = np.stack([always, sometimes, either, nothing], axis=1)
-    found = doubt(values, kept(np.abs(values), 0.8))
+    found = doubt(values, fewest(np.abs(values), 0.8))
     assert found.tier == [Tier.CONSENSUS, Tier.CONTINGENT, Tier.CONTINGENT, Tier.NOISE]
     assert found.frequency[1] == pytest.approx(0.2)
     assert found.low[0] < found.held_out[0] == pytest.approx(always.mean())
@@ -91,7 +91,7 @@ def test_tiers_of_planted_behaviour() -> None:
 def test_what_is_worth_nothing_is_rarely_more_than_noise() -> None:
     """2,000 nodes of no worth over 40 prompts; one in twenty by the interval's level, a little more by its width."""
     values = RNG(1).normal(size=(40, 2000))
-    found = doubt(values, kept(np.abs(values), 0.8))
+    found = doubt(values, fewest(np.abs(values), 0.8))
     assert found.tier is not None
     false = np.mean([tier is Tier.CONSENSUS for tier in found.tier])
     shown = np.mean((found.low > 0) | (found.high < 0))

@@ -33,6 +33,7 @@ from circuits.edges import (
     _split,
     behaviour_edges,
     edges,
+    mean_embedding,
 )
 from mediation.dictionaries import Coordinates
 from mediation.effects import total_effect
@@ -43,7 +44,7 @@ from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch, Example, collate
 from mediation.sites import Site, Stream
 from mediation.subject import SubjectModel
-from tests.setups import random_dictionary, tiny
+from tests.setups import pairs, random_dictionary, tiny
 from tests.tiny_models import D_MODEL, VOCAB
 
 MIX = (
@@ -570,3 +571,17 @@ def test_refusals(setting: Setting) -> None:
     twice = replace(sources[0], site=Site(0, Stream.RESID_POST))
     with pytest.raises(MediationError, match=r"blocks\.1\.hook_resid_pre"):
         edges(model, batch, [*sources, twice], targets)
+
+
+# Embeddings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+def test_embeddings_around_their_mean_add_up_to_nothing(tmp_path: Path, kind: str) -> None:
+    """Over the set, whatever a family makes of its table: Gemma scales the embeddings, GPT-2 adds positions."""
+    model = tiny(tmp_path, kind)
+    made = [collate(pairs(n, corrupt=False, seed=n)) for n in (3, 2)]
+    mean = mean_embedding(model, made)
+    changes = [Sources.embeddings(model, batch, Baseline.MEAN, mean).rest.sum((0, 1)) for batch in made]
+    assert changes[0].abs().max() > 1e-2
+    assert torch.allclose(sum(changes), torch.zeros_like(mean), atol=1e-4)
