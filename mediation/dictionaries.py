@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ from mediation.sites import Site
 if TYPE_CHECKING:
     from mediation.subject import SubjectModel
 
+QUANTISED = re.compile(r"[.-](i?q\d\w*|bf16|f16|f32)$")  # how names of GGUF files end
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
 TRAINING_ARCHITECTURES = ("batchtopk", "matryoshka_batchtopk")  # saved for inference as jumprelu
 LAYER_NORM_EPS = 1e-5  # SAELens adds it to the standard deviation on the way in and not on the way out
@@ -465,8 +467,8 @@ def _resolve_site(sae: SAE[Any], name: str, site: Site | None) -> Site:
 
 
 def _plain_name(model: str) -> str:
-    """'openai-community/gpt2', 'gpt2' and TransformerLens' 'gpt2-small' are one model."""
-    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    """'openai-community/gpt2', 'gpt2' and TransformerLens' 'gpt2-small' are one model, and so is a GGUF file of it."""
+    name = QUANTISED.sub("", model.rstrip("/").rsplit("/", 1)[-1].lower())
     try:
         return get_official_model_name(name).rsplit("/", 1)[-1].lower()
     except ValueError:

@@ -50,6 +50,7 @@ def test_it_explains_the_model_on_a_text_of_ours() -> None:
     model = SubjectModel.load("smollm2", device="cpu")
     tokens = torch.tensor([model.encode(TEXT)])
     for dictionary in load_dictionaries(Source("", (str(PACK),), ""), "cpu")[2:5]:
+        dictionary.check(model)
         found = measure_fidelity(model, dictionary, tokens, torch.ones_like(tokens), batch_size=1)
         assert found.variance_explained > 0.75
         assert found.cross_entropy_recovered > 0.95

@@ -376,6 +376,7 @@ def test_check_refuses_another_model(tmp_path: Path, wrong: dict[str, Any], matc
     dictionary = Dictionary.load(save(tmp_path, "standard"))
     dictionary.check(model())
     dictionary.check(model(name="GPT2"))
+    dictionary.check(model(name="gpt2-Q4_K_M"))
     with pytest.raises(MediationError, match=match):
         dictionary.check(model(**wrong))
 
