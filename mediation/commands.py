@@ -38,7 +38,7 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.explanations import import_explanations
-from mediation.facts import FactSettings, find_hidden_facts
+from mediation.facts import FactSettings, find_hidden_facts, nearest_latents
 from mediation.heads import Heads
 from mediation.labelling import label_readers, label_seconds
 from mediation.labels import load_labels, update_labels
@@ -164,6 +164,7 @@ def trace_command(
         },
     )
     run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
+    run.record(dictionaries={d.site.name: {"name": d.name, "folder": d.folder} for d in dictionaries})
     run.record(memory={"budget": memory, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
@@ -370,8 +371,13 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
             labels=load_labels(meta),
             progress=lambda _: tick(next(done), len(prompts)),
         )
-    run.write_table("flags", table)
-    run.record(flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst})
+    tested = table.drop_nulls("removal")
+    metas = tested["meta"].unique().sort().to_list()
+    run.write_table("flags", table.drop("controls"))
+    run.write_table("controls", tested.select("prompt", "meta", "controls"))
+    run.write_table("carriers", nearest_latents(dictionary, decomposition, metas, settings.carrier_cosine))
+    figures = {"settings": asdict(settings), "meta_split_max_relative_error": worst}
+    run.record(flags={"meta": str(meta), "site": dictionary.site.name, **figures})
     result = {"run": str(path), "meta_split_max_relative_error": worst, **flag_summary(table)}
     if not quiet:
         report.flags(result)
