@@ -204,6 +204,7 @@ class _Builder:
         answer, wrong, group, fact = (list(each) for each in zip(*asked, strict=True))
         return {
             "id": self.prompts,
+            "text": [a.clean if a is not None and isinstance(a.clean, str) else None for a in self.asked],
             "half": one["half"].to_list(),
             "group": group,
             "answer": answer,
