@@ -24,7 +24,8 @@ HOSTS = ("127.0.0.1", "localhost")
 
 def render(payload: Mapping[str, Any]) -> str:
     """The whole page as HTML; `payload` as circuits.viewer.payload makes it."""
-    script, style = (files("circuits.viewer").joinpath("dist", name).read_text("utf-8") for name in ("page.js", "page.css"))
+    dist = files("circuits.viewer").joinpath("dist")
+    script, style = (dist.joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -37,7 +38,7 @@ def render(payload: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(SURROGATE.sub(chr(0xFFFD), str(payload['title'])))}</title>\n<style>{style}</style>\n"
         '</head>\n<body>\n<div id="app"></div>\n'
-        "<noscript>This page draws with JavaScript, which is off; the run's Parquet files hold the same numbers.</noscript>\n"
+        "<noscript>This page draws with JavaScript, which is off; the run's Parquet files hold its numbers.</noscript>\n"
         f'<script type="application/json" id="payload">{text}</script>\n<script>{script}</script>\n</body>\n</html>\n'
     )
 

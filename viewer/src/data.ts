@@ -233,6 +233,7 @@ export interface Payload {
     heat: number[][][];
   };
   first: Maybe;
+  keep: { nodes: number; edges: number };
   graph: SetGraph;
   own: Record<string, OwnGraph>;
   latents: Dossier[];
