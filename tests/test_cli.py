@@ -318,7 +318,7 @@ def test_inspect_says_what_recurs_and_what_may_be_missed(
     assert missed["kept"] > 20
     assert 0 < missed["at_most"] <= 1
     assert shown["warnings"] == []
-    assert "Held-out mean" in (run / "index.html").read_text()
+    assert '"held_out":30' in (run / "index.html").read_text()
     main(["inspect", str(run)])
     printed = capsys.readouterr().out
     for text in ("30 held-out prompts", "contingent", "it misses at most", "edges against exact patching"):
