@@ -123,6 +123,7 @@ function ofContrast(): Graph | null {
     label: [...table.label, ...rest.map(() => null)],
     attribution: [...table.difference, ...rest.map(() => null)],
     influence: [...table.difference.map((each) => Math.abs(each) / size), ...rest.map(() => 0)],
+    // What is surely different is shown as what is surely in a set's graph.
     tier: [...table.q.map((q) => (q != null && q <= 0.05 ? "consensus" : "noise")), ...rest.map(() => null)],
   };
   const all = found.edges.difference.reduce((sum, each) => sum + Math.abs(each), 0) || 1;
@@ -143,7 +144,7 @@ function ofContrast(): Graph | null {
     total: latentInfluence(nodes),
     of: { nodes: nodes.kind.length, edges: edges.source.length },
     columns: columns.map((each) => ({ key: each, title: each })),
-    rows: siteRows(found.sites),
+    rows: siteRows(data.sites),
   });
   return contrastGraph;
 }
