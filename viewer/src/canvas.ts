@@ -226,7 +226,7 @@ export class Canvas {
       cursor: "pointer",
       emphasis: { disabled: true },
       label: {
-        position: "right", distance: 4, color: c.ink, fontSize: 11, fontFamily: FONT, formatter: "{b}", textBorderColor: c.card,
+        position: "right", distance: 4, color: c.ink, fontSize: 11, fontFamily: FONT, formatter: "{b}", textBorderColor: c.band,
         textBorderWidth: 2.5,
       },
       labelLayout: { hideOverlap: true },

@@ -95,7 +95,7 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
     else go({ node: graph.key[node] === state.node ? "" : graph.key[node] });
   };
   events.current.open = (node) => openNode(graph, node, go);
-  const height = Math.min(Math.max(330, layout.labelled ? 34 * layout.height + 90 : 620), 900);
+  const height = Math.min(Math.max(330, layout.labelled ? 32 * layout.height + 80 : 620), 900);
 
   useLayoutEffect(() => {
     const made = (canvas.current = new Canvas(under.current!, over.current!, {
@@ -161,7 +161,7 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
 
 function contrastWords(): string {
   const found = data.contrast!;
-  return `Differences of ${found.paired ? "pairs of" : ""} ${found.prompts.join(" and ")} held-out prompts, this run minus ${found.other}; smallest p possible ${plain(found.smallest_p, 2)}. `;
+  return `Differences of ${found.paired ? "pairs of" : ""} ${found.prompts.join(" and ")} held-out prompts, this run minus ${found.other}; smallest p possible ${plain(found.smallest_p, 2)}. ${found.notes.join(" ")} `;
 }
 
 const toggled = (list: string[], item: string) => (list.includes(item) ? list.filter((each) => each !== item) : [...list, item]);

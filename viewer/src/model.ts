@@ -1,5 +1,5 @@
 // The graphs a reader can look at - of the set, of one prompt, of a contrast - in one form, and groups drawn as one.
-import { data, dossierOf, latentName, metaName, type EdgeTable, type Kind, type NodeTable } from "./data";
+import { data, dossierOf, effectOf, latentName, metaName, type EdgeTable, type Kind, type NodeTable } from "./data";
 import { token } from "./text";
 import type { Grouping, Mode, State } from "./state";
 
@@ -93,10 +93,11 @@ function ofPrompt(at: number): Graph | null {
   if (!own) return null;
   let found = prompts.get(at);
   if (!found) {
+    const attribution = own.nodes.attribution.map((value, k) => (own.nodes.kind[k] === "target" ? effectOf(at) : value));
     found = finish({
       mode: "prompt",
       prompt: at,
-      nodes: own.nodes,
+      nodes: { ...own.nodes, attribution },
       edges: own.edges,
       total: own.of.influence,
       of: own.of,
