@@ -36,7 +36,7 @@ export function colours(): Colours {
 
 export const sign = (value: number | null | undefined, c: Colours): string => (!value ? c.none : value > 0 ? c.up : c.down);
 
-export const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif';
+export const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"; // stands in attributes
 
 interface Props {
   option: (c: Colours, width: number) => Option;
