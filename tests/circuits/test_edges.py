@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,16 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from circuits.edges import (
     REST,
+    EdgeRows,
     Edges,
     Output,
     Plan,
-    Semantics,
     Sources,
     Targets,
     _jobs,
     _passes,
     _split,
-    behaviour_edges,
     edges,
     first_sources,
     mean_embedding,
@@ -38,7 +38,7 @@ from mediation.dictionaries import Coordinates
 from mediation.effects import total_effect
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour, behaviour_gradient
-from mediation.frozen import Frozen
+from mediation.frozen import Frozen, Semantics
 from mediation.loading import ARCHITECTURES
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch, Example, collate
@@ -356,7 +356,7 @@ def test_gap_vanishes_quadratically_as_the_perturbation_shrinks(setting: Setting
 def test_behaviour_edges_along_the_path_sum_to_the_total_effect(tmp_path: Path, names: tuple[str, ...]) -> None:
     """Whatever sites there are: those that reach the behaviour directly carry all of it."""
     model, batch, states, sources, _ = build(tmp_path, "llama", Baseline.CORRUPT, names)
-    found = behaviour_edges(model, batch, sources, steps=48)
+    found = edges(model, batch, sources, [Targets.behaviour(batch)], steps=48)
     clean, off = total_effect(model, batch, states[0], Baseline.CORRUPT)
     assert torch.allclose(found.change, clean - off, atol=1e-4)
     assert torch.allclose(found.total, clean - off, atol=5e-3)
@@ -475,6 +475,20 @@ def test_a_prompts_targets_are_split_where_that_costs_least(ends: list[int], sta
     assert cost([[ends[each] for each in group] for group in found]) == pytest.approx(best)
 
 
+def test_in_edges_averaged_along_the_path_sum_to_the_targets_change(setting: Setting) -> None:
+    """Where the gradient at the clean prompt leaves a gap; whatever the chunk. A path of one step has its middle."""
+    model, batch, _, sources, targets = setting
+    clean = edges(model, batch, sources, targets)
+    found = edges(model, batch, sources, targets, steps=24)
+    scale = clean.change.abs().max()
+    assert clean.gap.abs().max() > 1e-2 * scale
+    assert found.gap.abs().max() < 2e-4 * scale
+    assert torch.allclose(found.value, clean.value, atol=1e-5)
+    same(by_id(edges(model, batch, sources, targets, steps=24, chunk=3)), by_id(found))
+    with pytest.raises(MediationError, match="leave steps out"):
+        edges(model, batch, sources, targets, steps=4, semantics=Semantics.LINEAR)
+
+
 def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> None:
     model, batch, _, sources, targets = setting
     full = edges(model, batch, sources, targets)
@@ -483,6 +497,20 @@ def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> Non
     for k in range(len(full.total)):
         strongest = full.weight[full.target == k].abs().sort(descending=True).values[:3]
         assert torch.allclose(few.weight[few.target == k].abs().sort(descending=True).values, strongest, atol=1e-5)
+
+
+def test_a_sink_is_given_every_edge_once(setting: Setting) -> None:
+    model, batch, _, sources, targets = setting
+    full = edges(model, batch, sources, targets, chunk=7)
+    given: list[EdgeRows] = []
+    rest = edges(model, batch, sources, targets, chunk=7, sink=given.append)
+    assert len(given) > 3
+    assert len(rest.weight) == 0
+    assert torch.equal(rest.total, full.total)
+    assert torch.equal(rest.gap, full.gap)
+    frame = pl.concat([each.frame() for each in given]).sort("target", maintain_order=True)
+    for name in ("target", "source", "position", "latent", "weight"):
+        assert frame[name].to_list() == getattr(full, name).tolist()
 
 
 @pytest.mark.parametrize("semantics", Semantics)
@@ -498,7 +526,7 @@ def test_positions_before_the_first_source_are_run_once_and_change_nothing(
     monkeypatch.setattr(model, "forward", lambda ids, *args, **kw: tokens.append(ids.numel()) or run(ids, *args, **kw))
 
     def found() -> tuple[dict, dict]:
-        along = behaviour_edges(model, batch, sources, steps=3)
+        along = edges(model, batch, sources, targets, steps=3)
         return by_id(edges(model, batch, sources, targets, semantics=semantics)), by_id(along)
 
     assert first_sources(sources, batch).tolist() == [9, 8, 12]
