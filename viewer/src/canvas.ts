@@ -7,7 +7,7 @@ import type { Graph } from "./model";
 import type { Kept } from "./prune";
 import { signed } from "./text";
 
-const GRID = { left: 134, right: 22, top: 16, bottom: 46 };
+export const GRID = { left: 134, right: 22, top: 16, bottom: 46 };
 const WIDTHS = [0.5, 0.9, 1.5, 2.6, 4.4]; // of an edge, by size
 const LABELS = 140; // names drawn at once; zooming in shows those of what is left in view
 const DIM = "0.28"; // of all else while a node is pointed at
@@ -192,7 +192,7 @@ export class Canvas {
         min: x[0],
         max: x[1],
         axisLabel: {
-          ...text, ...named(layout.columns, (k) => layout.columns[k].title), hideOverlap: false, fontWeight: 600,
+          ...text, ...named(layout.columns, (k) => layout.columns[k].title), hideOverlap: true, fontWeight: 600,
           ...(narrow < 34 ? { rotate: 38 } : { width: Math.max(narrow, 60), overflow: "truncate" }),
         },
       },

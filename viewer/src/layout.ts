@@ -18,13 +18,19 @@ export interface Layout {
   labelled: boolean; // cells are wide enough for names
 }
 
-export const NAMED = 170; // nodes that are all laid out with room for a name
+const NAMED = 170; // nodes, at most, that are laid out with room for their names
+const SLOT = 56; // pixels that a node needs with its name
 const STACK = 6; // nodes above each other before a named cell widens
 const BARE = 0.5; // width of a column without latents, whose nodes need no name
 const LANE = { named: 1.6, dense: 2.5 }; // between rows, for the edges
 
-export function layOut(graph: Graph, nodes: Int32Array): Layout {
-  const labelled = nodes.length <= NAMED;
+/** Nodes with room for their names, if that is to be had on a drawing `room` pixels wide; else close together. */
+export function layOut(graph: Graph, nodes: Int32Array, room: number): Layout {
+  const named = nodes.length <= NAMED ? arrange(graph, nodes, true) : null;
+  return named && room / named.width >= SLOT ? named : arrange(graph, nodes, false);
+}
+
+function arrange(graph: Graph, nodes: Int32Array, labelled: boolean): Layout {
   const column = new Map(graph.columns.map((each, k) => [each.key, k]));
   const cells = new Map<string, number[]>();
   for (const node of nodes) {
@@ -57,7 +63,6 @@ export function layOut(graph: Graph, nodes: Int32Array): Layout {
     here.forEach((node, k) => {
       x[node] = columns[at].start + (k % n) + (labelled ? 0.14 : 0.5);
       const levels = Math.ceil(here.length / n);
-      // Every other node of a level stands a little lower, so that an edge to one does not run along the level.
       y[node] = rows[up].start + (rows[up].size + levels) / 2 - Math.floor(k / n) - 0.5;
     });
   }
