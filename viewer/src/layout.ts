@@ -22,6 +22,7 @@ const NAMED = 170; // nodes, at most, that are laid out with room for their name
 const SLOT = 56; // pixels that a node needs with its name
 const STACK = 6; // nodes above each other before a named cell widens
 const BARE = 0.5; // width of a column without latents, whose nodes need no name
+const EMPTY = 0.3; // of one without nodes
 const LANE = { named: 1.6, dense: 2.5 }; // between rows, for the edges
 
 /** Nodes with room for their names, if that is to be had on a drawing `room` pixels wide; else close together. */
@@ -54,7 +55,7 @@ function arrange(graph: Graph, nodes: Int32Array, labelled: boolean): Layout {
     high[up] = Math.max(high[up], Math.ceil(here.length / Math.max(wide[at], 1)));
   }
   const lane = labelled ? LANE.named : LANE.dense;
-  const columns = bands(graph.columns.map((each) => each.title), wide.map((size, k) => (named[k] || size > 1 ? size : BARE)), labelled ? 0.12 : 0.8);
+  const columns = bands(graph.columns.map((each) => each.title), wide.map((size, k) => (named[k] || size > 1 ? size : size ? BARE : EMPTY)), labelled ? 0.12 : 0.8);
   const rows = bands(graph.rows, high, lane);
   const [x, y] = [new Float64Array(graph.key.length), new Float64Array(graph.key.length)];
   for (const [cell, here] of cells) {
@@ -77,12 +78,12 @@ function arrange(graph: Graph, nodes: Int32Array, labelled: boolean): Layout {
   return { x, y, columns, rows, width, height: last.start + last.size, labelled };
 }
 
-/** Bands of the given sizes with a gap between them; a band of no size, a row without nodes, takes no room. */
+/** Bands of the given sizes, with a gap after each that has nodes. */
 function bands(titles: string[], sizes: number[], gap: number): Band[] {
   let start = 0;
   return titles.map((title, k) => {
     const band = { title, start, size: sizes[k] };
-    start += sizes[k] > 0 ? sizes[k] + gap : 0;
+    start += sizes[k] > EMPTY ? sizes[k] + gap : sizes[k];
     return band;
   });
 }
