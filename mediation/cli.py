@@ -92,7 +92,7 @@ def inspect(
         str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
     ] = None,
     export: Annotated[
-        list[str] | None, typer.Option(help="graphml, dot, parquet or neuronpedia; repeat. Default: graphml.")
+        list[str] | None, typer.Option(help="graphml, dot, parquet, csv or neuronpedia; repeat. Default: graphml.")
     ] = None,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,

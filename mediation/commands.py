@@ -48,7 +48,7 @@ from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, meta_made_from, text_quality, with_published
-from mediation.runs import Run, peak_memory_mb, write_frame
+from mediation.runs import PROMPTS_FILE, Run, peak_memory_mb, write_frame
 from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
@@ -64,7 +64,6 @@ from mediation.trace import (
 
 Choice = TypeVar("Choice", bound=StrEnum)
 UNITS: dict[str, type[Heads] | type[Neurons]] = {"heads": Heads, "neurons": Neurons}  # nodes without a dictionary
-PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
 
 
 @dataclass(frozen=True)
