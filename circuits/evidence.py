@@ -275,9 +275,7 @@ def run_site(run: Run, name: str) -> str:
         wanted = Site.parse(name).canonical()
         return next(site for site in sites if Site.parse(site).canonical() == wanted)
     except (MediationError, StopIteration):
-        raise MediationError(
-            f"The run in {run.path} has no site '{name}'; its sites are {', '.join(sites)}."
-        ) from None
+        raise MediationError(f"The run in {run.path} has no site '{name}'; its sites are {', '.join(sites)}.") from None
 
 
 def short_site(site: str) -> str:

@@ -28,9 +28,9 @@ from circuits.evidence import (
     run_site,
 )
 from circuits.export import to_tables
-from circuits.graph import AttributionGraph
+from circuits.graph import TARGET, AttributionGraph
 from circuits.prompt_graph import prompt_graph
-from circuits.pruning import Keep, prune
+from circuits.pruning import Keep, influence, prune
 from mediation.errors import MediationError
 from mediation.prompts import PromptSet
 from mediation.runs import PROMPTS_FILE, Run
@@ -132,11 +132,22 @@ class OpenedRun:
         return graph if keep is None else prune(graph, keep)
 
     def nodes(self, prompt: str | None = None) -> pl.DataFrame:
-        """The nodes of that graph, strongest first: id, kind, site, position (of the set, a role), latent, attribution,
-        low, high (held-out interval, of the set), label, activation, held_out, frequency, tier."""
-        nodes, _ = to_tables(self.graph(prompt))
+        """The nodes of that graph but the behaviour, strongest first.
+
+        id, kind, site, position (of the set, a role), latent, label, attribution, influence (the part of the flow into
+        the behaviour that passes through); of a prompt activation; of the set held_out, low, high (the held-out mean
+        and its interval), frequency (share of held-out prompts whose own graph keeps it), tier.
+        """
+        graph = self.graph(prompt)
+        nodes, _ = to_tables(graph)
+        through = influence(graph).nodes
+        names = ["id", "kind", "site", "position", "latent", "label", "attribution", "influence"]
+        names += ["held_out", "low", "high", "frequency", "tier"] if prompt is None else ["activation"]
+        nodes = nodes.filter(pl.col("id") != TARGET).with_columns(
+            influence=pl.col("id").replace_strict(through, return_dtype=pl.Float64)
+        )
         order = pl.col("attribution").abs()
-        return nodes.drop("supernode").sort(order, "id", descending=[True, False], nulls_last=True)
+        return nodes.select(names).sort(order, "id", descending=[True, False], nulls_last=True)
 
     def edges(self, prompt: str | None = None) -> pl.DataFrame:
         """The edges of that graph, strongest first: source, target, weight, contribution, and of the set held_out, low,
@@ -167,9 +178,7 @@ class OpenedRun:
         )
         values[at["row"].to_numpy(), at["column"].to_numpy()] = at["ig"].to_numpy()
         low, high = bootstrap_interval(values, seed=self.info["settings"]["seed"])
-        return cells.select(
-            *keys, attribution=pl.Series(values.mean(axis=0)), low=pl.Series(low), high=pl.Series(high)
-        )
+        return cells.select(*keys, attribution=pl.Series(values.mean(axis=0)), low=pl.Series(low), high=pl.Series(high))
 
     # -- latents and facts -----------------------------------------------------------------------------------------
 

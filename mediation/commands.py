@@ -25,6 +25,7 @@ from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
 from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
+from circuits.opened import open_run
 from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.proof import Kind, ProofSettings, prove
 from circuits.pruning import Keep, prune
@@ -257,6 +258,25 @@ def inspect_command(
         "page": str(page),
         "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def latent_command(path: Path, named: str, meta: Path | None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --latent`: everything known of one latent, named SITE/ID."""
+    site, _, latent = named.rpartition("/")
+    if not site or not latent.isdecimal():
+        raise MediationError(f"--latent is '{named}'; give SITE/ID, such as blocks.1.hook_resid_pre/17.")
+    found = open_run(path).latent(site, int(latent), meta=meta)
+    if not quiet:
+        report.latent(found)
+    return {"run": str(path), **found.to_dict()}
+
+
+def meta_latent_command(path: Path, meta: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --meta-latent`: everything known of one meta-latent of the run's split."""
+    found = open_run(path).meta_latent(meta)
+    if not quiet:
+        report.meta_latent(found)
+    return {"run": str(path), **found.to_dict()}
 
 
 def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:

@@ -212,14 +212,12 @@ def nearest_latents(
     alike first.
     """
     cosines = dictionary.decoder @ decomposition.directions[list(metas)].T  # rows are of length 1, or 0
-    tables = []
+    rows = []
     for meta, column in zip(metas, cosines.T, strict=True):
-        n = max(min(NEAREST, len(column)), int((column >= carrier_cosine).sum()))
-        values, latents = column.topk(n)
-        tables.append(pl.DataFrame({"latent": latents.tolist(), "cosine": values.tolist()}).with_columns(meta=meta))
+        best = column.topk(max(min(NEAREST, len(column)), int((column >= carrier_cosine).sum())))
+        rows += [(meta, *each) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     schema = {"meta": pl.Int64, "latent": pl.Int64, "cosine": pl.Float64}
-    table = pl.concat(tables).select(schema) if tables else pl.DataFrame(schema=schema)
-    return table.with_columns(carrier=pl.col("cosine") >= carrier_cosine)
+    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(carrier=pl.col("cosine") >= carrier_cosine)
 
 
 def kind_of(label: str) -> str:
