@@ -36,6 +36,7 @@ from mediation.organisms.compiled import GATES, Truth, compile_circuit
 from mediation.organisms.language import LAST_NAME
 from mediation.organisms.measure import name_activations
 from mediation.organisms.world import World, opinion_rows
+from mediation.products import use_fast_products
 from mediation.prompts import Baseline, PromptSet
 from mediation.subject import SubjectModel
 from mediation.trace import TraceSettings
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    use_fast_products()
     results = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.exists() else {}
     for part in chosen.parts:
         if part == "compiled":

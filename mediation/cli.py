@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mediation.errors import MediationError
+from mediation.products import use_fast_products
 
 app = typer.Typer(
     help="Find which facts a language model actually used.\n\n"
@@ -52,6 +53,9 @@ def trace(
     baseline: Annotated[str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")] = "corrupt",
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
     estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
+    semantics: Annotated[
+        str, typer.Option(help="Edges: gradient (the model as it is) or linear (patterns and norms held: they add up).")
+    ] = "gradient",
     steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Prompts in a forward at most; fewer where memory asks it.")] = 16,
     memory: Annotated[
@@ -71,7 +75,7 @@ def trace(
 
     source = commands.Source(model, tuple(saes), str(prompts), device, allow_download)
     chosen = {
-        "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "steps": steps,
+        "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "semantics": semantics, "steps": steps,
         "batch_size": batch_size, "sample": sample, "top": top, "seed": seed,
     }  # fmt: skip
     _finish(commands.trace_command(source, chosen, out, memory=memory, quiet=as_json), as_json)
@@ -98,6 +102,9 @@ def inspect(
     export: Annotated[
         list[str] | None, typer.Option(help="graphml, dot, parquet, csv or neuronpedia; repeat. Default: graphml.")
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another run, for what this one does differently.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine, all prompts in it.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 0,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
@@ -121,20 +128,22 @@ def inspect(
     if run is not None and meta is not None and group != "meta" and latent is None:
         raise MediationError("A meta-SAE takes a run's latents apart; give --latent or --group meta with --meta.")
     if run is not None and (latent is not None or meta_latent is not None):
-        if top is not None or group or export:
-            raise MediationError(f"Pruning, groups and exports are of a graph; give them without {asked[0]}.")
+        if top is not None or group or export or against or serve:
+            raise MediationError(f"Pruning, groups, exports and pages are of a graph; give them without {asked[0]}.")
         if latent is not None:
             _finish(commands.latent_command(run, latent, meta, quiet=as_json), as_json)
         elif meta_latent is not None:
             _finish(commands.meta_latent_command(run, meta_latent, quiet=as_json), as_json)
         return
     if run is not None:
-        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [])
+        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [], against)
         _finish(commands.inspect_command(run, paths, prompt, view, quiet=as_json), as_json)
+        if serve:
+            commands.serve_command(run, view, port)
         return
     if asked:
         raise MediationError(f"Prompts and latents are those of a run; give the run's folder with {asked[0]}.")
-    if top is not None or group or export:
+    if top is not None or group or export or against or serve:
         raise MediationError("Pruning, groups and exports are of a run's graph; give a run's folder for them.")
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")
@@ -312,6 +321,7 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a MediationError becomes one sentence and exit code 2."""
     run: Callable[..., Any] = app
+    use_fast_products()
     try:
         run(arguments)
     except MediationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from circuits.evidence import Description, LatentEvidence, MetaEvidence, Passage
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from circuits.supernodes import Supernode
-from circuits.viewer.text import probability
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -75,6 +75,11 @@ def opening(model: SubjectModel, dictionaries: Sequence[Dictionary], prompts: Pr
         f"[bold]{escape(model.name)}[/bold] ({model.architecture}, {model.n_layers} layers, width {model.d_model}); "
         f"dictionaries: {escape(sites)}; {len(prompts)} prompts; {cost}."
     )
+
+
+def proving(chosen_on: int, measured_on: int, cost: str) -> None:
+    """What is about to be proven, and what it will cost."""
+    console.print(f"Circuits chosen on {chosen_on} prompts, measured on {measured_on} others; {cost}.")
 
 
 def trace(result: dict[str, Any], model: SubjectModel) -> None:
@@ -533,6 +538,11 @@ def files(*paths_written: Path) -> None:
         console.print(f"wrote {path}", soft_wrap=True)
 
 
+def serving(address: str) -> None:
+    """Where the page is, while it is served."""
+    console.print(f"The page is at {address} until you press Ctrl-C.", soft_wrap=True)
+
+
 def closing(run: Path, seconds: float, megabytes: float) -> None:
     console.print(
         f"\nDone in {seconds:.0f} s, {megabytes:.0f} MB at most. Run folder: [bold]{run}[/bold]",
@@ -596,6 +606,13 @@ def meta_bench(result: dict[str, Any]) -> None:
         table.add_row(row["setting"], *(_number(row["value"].get(name)) for name in BENCH_SHOWN))
     console.print(table)
     console.print(f"{result['seconds']:.0f} s; seeds {result['seeds']}; the other methods are in --json.")
+
+
+def probability(value: float | None) -> str:
+    """A p- or q-value."""
+    if value is None or math.isnan(value):
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -26,9 +26,8 @@ import polars as pl
 from circuits.contrast import Contrast
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from circuits.prompt_graph import node_ids, prompt_flows
-from circuits.pruning import influence
+from circuits.pruning import Keep, influence
 from circuits.supernodes import Supernode
-from mediation.errors import MediationError
 from mediation.labels import read_labels
 from mediation.prompts import PromptSet
 from mediation.runs import Run
@@ -46,7 +45,6 @@ METAS = 400  # meta-latents described
 SAMPLE = 2_000  # points of a scatter
 BIAS, RESIDUAL, OTHERS, SUMMED = -1, -2, -3, -4  # in place of a meta-latent, or of a latent: all others
 EVIDENCE = ("label", "score", "source", "density", "histogram", "contexts", "logits_up", "logits_down")
-TEXT = (NodeKind.LATENT, NodeKind.SUPERNODE)
 Json = dict[str, Any]
 
 
@@ -55,16 +53,21 @@ def payload(
     graph: AttributionGraph,
     *,
     prompts_file: str,
+    keep: Keep | None = None,
     supernodes: Sequence[Supernode] = (),
     against: tuple[str, Contrast] | None = None,
     prompt: str | None = None,
+    most: int | None = PROMPTS,
 ) -> Json:
     """Steps 1 to 4 for a run and its set's `graph`.
 
-    prompts_file: the run's JSONL of prompts. supernodes: groups of the set's latents. against: another run's name and
-    what differs from it. prompt: id of the prompt whose graph is given whole, and shown first.
+    prompts_file: the run's JSONL of prompts. keep: what the page shows at first. supernodes: groups of the set's
+    latents. against: another run's name and what differs from it. prompt: id of the prompt whose graph is given whole,
+    and shown first. most: prompts with a graph of their own; None: all.
     """
-    return _Builder(run, graph, prompts_file).build(supernodes, against, prompt)
+    keep = keep or Keep()
+    found = _Builder(run, graph, prompts_file).build(supernodes, against, prompt, most)
+    return found | {"keep": {"nodes": keep.nodes, "edges": keep.edges}}
 
 
 class _Builder:
@@ -90,9 +93,14 @@ class _Builder:
         self.meta_site: str | None = self.flags.get("site") if run.has("meta") else None
         self.shown: dict[str, list[int]] = {}
 
-    def build(self, groups: Sequence[Supernode], against: tuple[str, Contrast] | None, prompt: str | None) -> Json:
-        if prompt is not None and prompt not in self.prompts:
-            raise MediationError(f"The run in {self.run.path} has no prompt '{prompt}'.")
+    def build(
+        self,
+        groups: Sequence[Supernode],
+        against: tuple[str, Contrast] | None,
+        prompt: str | None,
+        most: int | None,
+    ) -> Json:
+        """The payload but for how much of it is shown at first."""
         chosen = self._set_graph(groups)
         latents = self._latents(chosen)
         facts, metas = self._facts(), self._metas()
@@ -103,7 +111,7 @@ class _Builder:
             "prompts": self._prompts(),
             "first": None if prompt is None else self.prompts.index(prompt),
             "graph": chosen,
-            "own": self._own_graphs(prompt),
+            "own": self._own_graphs(prompt, most),
             "latents": latents,
             "metas": metas,
             "facts": facts,
@@ -204,6 +212,7 @@ class _Builder:
         answer, wrong, group, fact = (list(each) for each in zip(*asked, strict=True))
         return {
             "id": self.prompts,
+            "text": [a.clean if a is not None and isinstance(a.clean, str) else None for a in self.asked],
             "half": one["half"].to_list(),
             "group": group,
             "answer": answer,
@@ -267,10 +276,10 @@ class _Builder:
         site = pl.when(here).then(pl.col("site").cast(pl.String).replace_strict(order, default=None))
         return nodes.with_columns(site=site.cast(pl.Int64))
 
-    def _own_graphs(self, prompt: str | None) -> dict[str, Json]:
+    def _own_graphs(self, prompt: str | None, most: int | None) -> dict[str, Json]:
         """Step 2, by the prompt's number."""
-        wanted = self.prompts[:PROMPTS] if prompt is None or prompt in self.prompts[:PROMPTS] else [prompt]
-        chosen = pl.col("prompt").is_in(wanted)
+        wanted = {*self.prompts[:most], *([] if prompt is None else [prompt])}
+        chosen = pl.col("prompt").is_in(list(wanted))
         nodes, edges = (each.filter(chosen) for each in prompt_flows(self.run))
         parts = pl.col("id").str.split("/").list
         nodes = nodes.with_columns(
@@ -492,11 +501,11 @@ class _Builder:
             table = self._numbered(self.run.read("controls"))
             table = table.with_columns(pl.col("controls").list.eval(pl.element().round_sig_figs(3)))
             controls = {(at, meta): each for at, meta, each in table.select("at", "meta", "controls").iter_rows()}
-        pairs = rows.select("at", "meta").iter_rows()
+        measured = [controls.get(each) for each in rows.select("at", "meta").iter_rows()]
         return {
             "settings": self.flags.get("settings"),
             "split_error": self.flags.get("meta_split_max_relative_error"),
-            "rows": _columns(rows.drop("controls", strict=False)) | {"controls": [controls.get(each) for each in pairs]},
+            "rows": _columns(rows) | {"controls": measured},
             "carriers": self._carriers(),
         }
 
@@ -516,16 +525,10 @@ class _Builder:
 
 def _contrast(other: str, found: Contrast) -> Json:
     """The two tables of a contrast, edges by the numbers of their nodes."""
-    ids = [*found.nodes["id"], *dict.fromkeys(
-        name for end in ("source", "target") for name in found.edges[end] if name.startswith("embed/")), TARGET]  # fmt: skip
+    ids = [*found.nodes["id"], *found.edges["source"].sort(), TARGET]  # the other sources are embeddings
     number = {name: k for k, name in enumerate(dict.fromkeys(ids))}
-    edges = found.edges.drop_nulls("p").filter(
-        pl.col("source").is_in(list(number)) & pl.col("target").is_in(list(number))
-    )  # fmt: skip
-    size = pl.col("difference").abs()
-    edges = edges.sort(size, descending=True, maintain_order=True).head(EDGES).with_columns(
-        pl.col("source", "target").replace_strict(number, return_dtype=pl.Int64)
-    )  # fmt: skip
+    edges = found.edges.drop_nulls("p").sort(pl.col("difference").abs(), descending=True, maintain_order=True)
+    edges = edges.head(EDGES).with_columns(pl.col("source", "target").replace_strict(number, return_dtype=pl.Int64))
     sites = found.nodes["site"].unique(maintain_order=True).to_list()
     order = sorted(sites, key=lambda name: Site.parse(name).depth)
     nodes = found.nodes.with_columns(pl.col("site").replace_strict(order, list(range(len(order)))))
@@ -559,7 +562,7 @@ def _evidence_rows(table: pl.DataFrame) -> dict[int, Json]:
 
 
 def _top_parts(table: pl.DataFrame, keys: list[str]) -> dict[Any, Json]:
-    """Parts (meta, value) of what `keys` name, largest first: PARTS meta-latents, all others as OTHERS, bias, residual."""
+    """Parts (meta, value) of what `keys` name, largest first: PARTS meta-latents, all others as one, bias, residual."""
     real = pl.col("meta") >= 0
     place = pl.col("value").abs().rank("ordinal", descending=True).over([*keys, real])
     few = table.sort(*keys, "meta").with_columns(

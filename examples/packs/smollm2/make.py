@@ -40,6 +40,7 @@ from mediation.errors import MediationError
 from mediation.labelling import label_readers
 from mediation.labels import save_labels
 from mediation.metalatents import MetaDictionary
+from mediation.products import use_fast_products
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import token_windows
@@ -65,6 +66,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the pack")
     arguments.add_argument("--tokens", type=int, default=TOKENS)
     chosen = arguments.parse_args()
+    use_fast_products()
     saes = chosen.work / "saes"
     unseen = train(chosen, saes)
     model = SubjectModel.load(chosen.work / MODEL)
