@@ -58,6 +58,11 @@ class Passage:
     position: int
     prompt: str | None = None
 
+    @property
+    def peak(self) -> str:
+        """The token at the peak."""
+        return self.tokens[self.position].strip()
+
 
 @dataclass(frozen=True)
 class Description:
@@ -95,10 +100,11 @@ class LatentEvidence:
     """Everything that is known of a latent.
 
     called: its label, else the token it is most on at. on_in: prompts (of `prompts`) on whose clean side it is on.
-    roles: role, attribution, held_out, low, high, frequency, tier. by_prompt: prompt, half, role, clean, baseline,
-    attribution. passages: the prompts it is most on in. exact: prompt, role, position, exact_effect, ig, atp. effects:
-    te, tie, nie, nde where measured. inputs, outputs: role, node, label, weight, contribution. parts: part, meta, code,
-    share, attribution, or None where there is no meta-dictionary.
+    roles: role, attribution, held_out, low, high, frequency, tier. by_prompt: prompt, role, clean, baseline,
+    attribution, exact (null unless all its positions there were patched), half. passages: the prompts it is most on
+    in. exact: prompt, role, position, exact_effect, ig, atp. effects: te, tie, nie, nde where measured. inputs,
+    outputs: role, node, label, weight, contribution. parts: part, meta, code, share, attribution, or None where there
+    is no meta-dictionary.
     """
 
     site: str
@@ -185,6 +191,8 @@ def latent_evidence(
     inputs, outputs = _links(run, graph, site, latent, len(halves))
     effects = [each for each in run.info.get("effects", ()) if (each["site"], each["latent"]) == (site, latent)]
     keys = ("te", "tie", "nie", "nde")
+    exact = run.read("calibration").filter(mine).sort("prompt", "position")
+    exact = exact.select("prompt", "role", "position", "exact_effect", "ig", "atp")
     parts, notes = latent_parts(run, site, latent, folder=meta), []
     if not (described.contexts or described.logits_up):
         where = "its folder" if folder is None else str(folder)
@@ -198,22 +206,15 @@ def latent_evidence(
     return LatentEvidence(
         site=site,
         latent=latent,
-        called=described.label or f"on '{passages[0].tokens[passages[0].position].strip()}'",
+        called=described.label or (f"on '{passages[0].peak}'" if passages else "off in every clean prompt"),
         estimator=estimator,
         prompts=len(halves),
         on_in=here.filter(pl.col("clean") != 0)["prompt"].n_unique(),
         described=described,
         roles=_roles(run, graph, here, site, latent),
-        by_prompt=here.group_by("prompt", "role", maintain_order=True)
-        .agg(pl.col("clean", "baseline").max(), attribution=pl.col(estimator).sum())
-        .join(halves, on="prompt")
-        .select("prompt", "half", "role", "clean", "baseline", "attribution")
-        .sort(pl.col("attribution").abs(), "prompt", descending=[True, False]),
+        by_prompt=_by_prompt(here, exact, estimator).join(halves, on="prompt", maintain_order="left"),
         passages=passages,
-        exact=run.read("calibration")
-        .filter(mine)
-        .select("prompt", "role", "position", "exact_effect", "ig", "atp")
-        .sort("prompt", "position"),
+        exact=exact,
         effects={key: effects[0][key] for key in keys} if effects else None,
         inputs=inputs,
         outputs=outputs,
@@ -416,6 +417,19 @@ def _roles(run: Run, graph: AttributionGraph, here: pl.DataFrame, site: str, lat
     )
 
 
+def _by_prompt(here: pl.DataFrame, exact: pl.DataFrame, estimator: str) -> pl.DataFrame:
+    """Step 2: one row for each prompt and role, strongest first; values are the largest over the role's positions."""
+    keys = ["prompt", "role"]
+    patched = exact.group_by(keys).agg(pl.col("exact_effect").sum(), patched=pl.len())
+    rows = here.group_by(keys, maintain_order=True).agg(
+        pl.col("clean", "baseline").max(), attribution=pl.col(estimator).sum(), nodes=pl.len()
+    )
+    rows = rows.join(patched, on=keys, how="left", maintain_order="left")
+    whole = pl.when(pl.col("patched") == pl.col("nodes")).then("exact_effect").alias("exact")
+    rows = rows.select(*keys, "clean", "baseline", "attribution", whole)
+    return rows.sort(pl.col("attribution").abs(), *keys, descending=[True, False, False])
+
+
 def _links(
     run: Run, graph: AttributionGraph, site: str, latent: int, prompts: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -446,7 +460,8 @@ def _links(
 
 def _passages(rows: pl.DataFrame, tokens: pl.DataFrame, value: str) -> list[Passage]:
     """The prompts on which |value| is largest, every token with its value; rows: prompt, position, value."""
-    peaks = rows.group_by("prompt").agg(peak=pl.col(value).abs().max()).sort("peak", "prompt", descending=[True, False])
+    peaks = rows.group_by("prompt").agg(peak=pl.col(value).abs().max()).filter(pl.col("peak") > 0)
+    peaks = peaks.sort("peak", "prompt", descending=[True, False])
     found = []
     for prompt in peaks["prompt"].head(SHOWN):
         sums = rows.filter(pl.col("prompt") == prompt).group_by("position").agg(pl.col(value).max())

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 UP, DOWN, PLAIN = "#1769b4", "#c4500b", "#9a9790"
 DRAWN = Keep(nodes=0.8, edges=0.9, top=16)  # of a graph in small
 LABEL, LABELLED = 22, 12  # characters of a label in a figure; latents of a graph that are named
+UPRIGHT = 8  # so many names fit below an axis
+APART = 0.36  # of nodes side by side in a graph, in columns
+MARKERS = {NodeKind.LATENT: "o", NodeKind.ERROR: "s", NodeKind.EMBEDDING: "^"}
 PARTS = 10  # meta-latents drawn of a split; the others are one bar
 
 
@@ -43,9 +46,8 @@ def attribution(run: OpenedRun, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(x, values, yerr=ends, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     ax.bar([0], [0], color=PLAIN, label="latents")
     ax.bar([0], [0], color=PLAIN, hatch="////", edgecolor="white", label="errors: what the dictionary misses")
-    ax.set_xticks(
-        range(len(place)), [f"{_cut(role)}\n{short_site(site)}" for site, role in place], rotation=90, fontsize=8
-    )
+    names = [f"{_cut(role)}\n{short_site(site)}" for site, role in place]
+    ax.set_xticks(range(len(place)), names, rotation=0 if len(place) <= UPRIGHT else 90, fontsize=8)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_ylabel(f"attribution, {run.info['settings']['behaviour']}")
     ax.set_title(f"Total effect {run.effect()['mean']:+.2f}, by site and role")
@@ -87,7 +89,7 @@ def faithfulness(run: OpenedRun, kind: str = "nodes", *, ax: Axes | None = None)
         if own:
             ax.fill_between(sizes, here["low"].to_numpy(), here["high"].to_numpy(), alpha=0.2, linewidth=0)
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.set_xscale("log")
+    ax.set_xscale("symlog", linthresh=1)
     ax.set_xlabel(f"{kind} kept, of {table['of'].max()}")
     ax.set_ylabel("faithfulness (1: all of it)")
     ax.set_title(f"Circuits of {kind}")
@@ -103,7 +105,7 @@ def graph(run: OpenedRun, prompt: str | None = None, *, keep: Keep = DRAWN, ax: 
     """
     part = run.graph(prompt, keep)
     digraph, at, columns, rows = part.digraph, *_places(part)
-    ax = _axes(ax, (max(6.0, 0.9 * len(columns) + 2), max(3.5, 1.1 * len(rows) + 1.5)))
+    ax = _axes(ax, (max(6.0, 0.8 * max(x for x, _ in at.values()) + 4), max(3.5, 1.1 * len(rows) + 1)))
     amounts = [value for _, _, value in digraph.edges(data="contribution")]
     widest = max(map(abs, amounts), default=0.0) or 1.0
     nx.draw_networkx_edges(
@@ -111,20 +113,22 @@ def graph(run: OpenedRun, prompt: str | None = None, *, keep: Keep = DRAWN, ax: 
         alpha=0.6, arrowsize=6, node_size=60, connectionstyle="arc3,rad=0.08",
     )  # fmt: skip
     largest = max((part.strength(name) for name in part.ranked()), default=0.0) or 1.0
-    for kind, marker in ((NodeKind.LATENT, "o"), (NodeKind.ERROR, "s"), (NodeKind.EMBEDDING, "^")):
+    for kind, marker in MARKERS.items():
         names = part.ranked([kind])
         values = [digraph.nodes[name]["attribution"] or 0.0 for name in names]
         sizes = [20 + 300 * part.strength(name) / largest for name in names]
         x, y = np.array([at[name] for name in names]).reshape(-1, 2).T
         ax.scatter(x, y, s=sizes, marker=marker, c=_colours(values), edgecolors="white", zorder=3)
     ax.scatter(*at[TARGET], s=180, marker="*", c="black", zorder=3)
-    latents = part.ranked([NodeKind.LATENT])
-    for name in latents[:LABELLED]:
-        ax.annotate(
-            _cut(node_label(digraph.nodes[name], name)), at[name], xytext=(0, 9), textcoords="offset points",
-            ha="center", fontsize=6.5, zorder=4,
-        )  # fmt: skip
-    ax.set_xticks(range(len(columns)), [_cut(each) for each in columns], rotation=45, ha="right", fontsize=8)
+    named = part.ranked([NodeKind.LATENT])[:LABELLED]
+    for number, name in enumerate(named, start=1):
+        data = digraph.nodes[name]
+        ax.annotate(str(number), at[name], xytext=(0, 8), textcoords="offset points", ha="center", fontsize=7, zorder=4)
+        text = f"{number}  {_cut(node_label(data, name))}  {data['attribution']:+.2f}"
+        ax.plot([], [], "o", color=_colours([data["attribution"]])[0], label=text)
+    if named:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False, title="strongest latents")
+    ax.set_xticks([x for x, _ in columns], [title for _, title in columns], rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.tick_params(left=True, bottom=True, labelleft=True, labelbottom=True)
     ax.margins(0.08)
@@ -163,6 +167,7 @@ def split(run: OpenedRun, site: str, latent: int, *, prompt: str | None = None, 
     ax.set_yticks([*rows, len(steps)], [*(_cut(name) for name, _ in steps), f"latent {latent}"], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
+    ax.use_sticky_edges = False
     ax.margins(x=0.14)
     ax.set_xlabel("attribution")
     of = f"in prompt {prompt}" if prompt is not None else "over all prompts"
@@ -181,7 +186,7 @@ def removal(run: OpenedRun, group: str | None = None, kind: str | None = None, *
     if tests.is_empty():
         raise MediationError(f"The run in {run.path} has no such test; run.tests() lists group and kind of each.")
     test, ax = tests.row(0, named=True), _axes(ax, (6, 3.4))
-    ax.hist(test["controls"], bins=30, color=PLAIN, label=f"{len(test['controls'])} matched controls")
+    ax.hist(test["controls"], bins=20, color=PLAIN, label=f"{len(test['controls'])} matched controls")
     ax.axvline(test["removal"], color=UP, linewidth=2.5, label=f"{test['kind']} removed")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("what the behaviour loses, in the direction of the total effect")
@@ -215,22 +220,32 @@ def _cut(text: object, width: int = LABEL) -> str:
     return (line if len(line) <= width else f"{line[: width - 1]}…").replace("$", r"\$")
 
 
-def _places(part: AttributionGraph) -> tuple[dict[str, tuple[float, float]], list[str], list[str]]:
-    """x and y of every node, titles of columns and rows. The nodes of a cell stand side by side, strongest first."""
-    positions = part.positions()
+def _places(part: AttributionGraph) -> tuple[dict[str, tuple[float, float]], list[tuple[float, str]], list[str]]:
+    """x and y of every node; x and title of every column, titles of the rows.
+
+    The nodes of a cell stand side by side, strongest first; a column is as wide as its fullest cell.
+    """
     data = dict(part.digraph.nodes(data=True))
     kinds = {name: data[name]["kind"] for name in part.ranked()}
     sites = {data[name]["site"] for name, kind in kinds.items() if kind != NodeKind.EMBEDDING}
     ordered = sorted(sites, key=lambda site: (Site.parse(site).depth, site))
     rows = ["embedding", *map(short_site, ordered), "behaviour"]
-    cells: dict[tuple[int, int], list[str]] = {}
+    cells: dict[int | str, dict[int, list[str]]] = {position: {} for position in part.positions()}
     for name, kind in kinds.items():
         row = 0 if kind == NodeKind.EMBEDDING else 1 + ordered.index(data[name]["site"])
-        cells.setdefault((positions.index(data[name]["position"]), row), []).append(name)
-    at: dict[str, tuple[float, float]] = {TARGET: (len(positions) - 1.0, len(rows) - 1.0)}
-    for (column, row), names in cells.items():
-        for k, name in enumerate(names):
-            at[name] = (column + (k - (len(names) - 1) / 2) * 0.8 / max(len(names), 3), float(row))
+        cells[data[name]["position"]].setdefault(row, []).append(name)
     tokens = part.meta.get("tokens")
-    columns = [str(each) if tokens is None or not isinstance(each, int) else tokens[each] for each in positions]
+    at: dict[str, tuple[float, float]] = {}
+    columns: list[tuple[float, str]] = []
+    left = 0.0
+    for position, by_row in cells.items():
+        width = max(1.0, APART * (max(map(len, by_row.values())) + 1))
+        middle = left + width / 2
+        for row, names in by_row.items():
+            for k, name in enumerate(names):
+                at[name] = (middle + APART * (k - (len(names) - 1) / 2), float(row))
+        title = str(position) if tokens is None or not isinstance(position, int) else tokens[position]
+        columns.append((middle, _cut(title)))
+        left += width
+    at[TARGET] = (columns[-1][0] if columns else 0.0, len(rows) - 1.0)
     return at, columns, rows

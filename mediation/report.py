@@ -188,13 +188,11 @@ def latent(found: LatentEvidence) -> None:
         )  # fmt: skip
     console.print(table)
     table = _table("By prompt", "prompt", "half", "role", "#activation", "#baseline", "#attribution", "#exact")
-    patched = found.exact.group_by("prompt", "role").agg(pl.col("exact_effect").sum())
-    exact = {(prompt, role): effect for prompt, role, effect in patched.iter_rows()}
     for row in found.by_prompt.head(SHOWN).iter_rows(named=True):
-        measured = exact.get((row["prompt"], row["role"]))
         table.add_row(
             escape(row["prompt"]), row["half"] or "-", escape(row["role"]), _number(row["clean"]),
-            _number(row["baseline"]), f"{row['attribution']:+.3f}", "-" if measured is None else f"{measured:+.3f}",
+            _number(row["baseline"]), f"{row['attribution']:+.3f}",
+            "-" if row["exact"] is None else f"{row['exact']:+.3f}",
         )  # fmt: skip
     console.print(table)
     if found.effects is not None:
@@ -302,8 +300,9 @@ def _passages(title: str, passages: Sequence[Passage]) -> None:
 
 
 def _visible(token: str, *, edge: bool = True) -> str:
-    """A token on one line; with `edge`, without the space before it."""
+    """A token on one line, control characters by their codes; with `edge`, without the space before it."""
     shown = token.replace("\n", "↵").replace("\t", "⇥")
+    shown = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in shown)
     return (shown.strip() or "␣") if edge else shown
 
 
