@@ -67,7 +67,7 @@ def calibration(run: OpenedRun, of: str = "nodes", *, ax: Axes | None = None) ->
     ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
     ax.scatter(x, y, s=9, color=UP, alpha=0.6, linewidths=0)
     ax.set_xlabel("exact effect")
-    ax.set_ylabel("ig" if of == "nodes" else "direct effect, gradient")
+    ax.set_ylabel("ig" if of == "nodes" else f"direct effect ({run.info['settings']['semantics']})")
     pearson = "undefined" if agreed["pearson"] is None else f"{agreed['pearson']:.2f}"
     ax.set_title(f"{agreed['n']} {of} patched exactly: Pearson {pearson}")
     return ax
@@ -105,7 +105,7 @@ def graph(run: OpenedRun, prompt: str | None = None, *, keep: Keep = DRAWN, ax: 
     """
     part = run.graph(prompt, keep)
     digraph, at, columns, rows = part.digraph, *_places(part)
-    ax = _axes(ax, (max(6.0, 0.8 * max(x for x, _ in at.values()) + 4), max(3.5, 1.1 * len(rows) + 1)))
+    ax = _axes(ax, (min(14.0, max(6.0, 0.8 * max(x for x, _ in at.values()) + 4)), max(3.5, 1.1 * len(rows) + 1)))
     amounts = [value for _, _, value in digraph.edges(data="contribution")]
     widest = max(map(abs, amounts), default=0.0) or 1.0
     nx.draw_networkx_edges(
@@ -113,17 +113,18 @@ def graph(run: OpenedRun, prompt: str | None = None, *, keep: Keep = DRAWN, ax: 
         alpha=0.6, arrowsize=6, node_size=60, connectionstyle="arc3,rad=0.08",
     )  # fmt: skip
     largest = max((part.strength(name) for name in part.ranked()), default=0.0) or 1.0
+    area = {name: 20 + 300 * part.strength(name) / largest for name in part.ranked()}  # square points
     for kind, marker in MARKERS.items():
         names = part.ranked([kind])
-        values = [digraph.nodes[name]["attribution"] or 0.0 for name in names]
-        sizes = [20 + 300 * part.strength(name) / largest for name in names]
+        values, sizes = [digraph.nodes[name]["attribution"] or 0.0 for name in names], [area[name] for name in names]
         x, y = np.array([at[name] for name in names]).reshape(-1, 2).T
         ax.scatter(x, y, s=sizes, marker=marker, c=_colours(values), edgecolors="white", zorder=3)
     ax.scatter(*at[TARGET], s=180, marker="*", c="black", zorder=3)
     named = part.ranked([NodeKind.LATENT])[:LABELLED]
     for number, name in enumerate(named, start=1):
         data = digraph.nodes[name]
-        ax.annotate(str(number), at[name], xytext=(0, 8), textcoords="offset points", ha="center", fontsize=7, zorder=4)
+        above = (0.0, area[name] ** 0.5 / 2 + 2)
+        ax.annotate(str(number), at[name], xytext=above, textcoords="offset points", ha="center", fontsize=7, zorder=4)
         text = f"{number}  {_cut(node_label(data, name))}  {data['attribution']:+.2f}"
         ax.plot([], [], "o", color=_colours([data["attribution"]])[0], label=text)
     if named:
@@ -131,9 +132,10 @@ def graph(run: OpenedRun, prompt: str | None = None, *, keep: Keep = DRAWN, ax: 
     ax.set_xticks([x for x, _ in columns], [title for _, title in columns], rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.tick_params(left=True, bottom=True, labelleft=True, labelbottom=True)
+    ax.set_xlabel("circles: latents; squares: errors; triangles: embeddings; area: |attribution|", fontsize=8)
     ax.margins(0.08)
     pruned = part.meta["pruned"]
-    what = f"Prompt {prompt}" if prompt is not None else f"{part.meta['prompts']} prompts"
+    what = f"Prompt {_cut(prompt, 40)}" if prompt is not None else f"{part.meta['prompts']} prompts"
     ax.set_title(f"{what}: {pruned['kept']} of {pruned['of']} nodes, {pruned['edges']} of {pruned['of_edges']} edges")
     return ax
 
@@ -170,7 +172,7 @@ def split(run: OpenedRun, site: str, latent: int, *, prompt: str | None = None, 
     ax.use_sticky_edges = False
     ax.margins(x=0.14)
     ax.set_xlabel("attribution")
-    of = f"in prompt {prompt}" if prompt is not None else "over all prompts"
+    of = f"in prompt {_cut(prompt, 40)}" if prompt is not None else "over all prompts"
     ax.set_title(f"Latent {latent} of {short_site(run.site(site))}, {of}", fontsize=11)
     return ax
 
@@ -187,7 +189,7 @@ def removal(run: OpenedRun, group: str | None = None, kind: str | None = None, *
         raise MediationError(f"The run in {run.path} has no such test; run.tests() lists group and kind of each.")
     test, ax = tests.row(0, named=True), _axes(ax, (6, 3.4))
     ax.hist(test["controls"], bins=20, color=PLAIN, label=f"{len(test['controls'])} matched controls")
-    ax.axvline(test["removal"], color=UP, linewidth=2.5, label=f"{test['kind']} removed")
+    ax.axvline(test["removal"], color=UP, linewidth=2.5, label=f"{_cut(test['kind'], 40)} removed")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("what the behaviour loses, in the direction of the total effect")
     ax.set_ylabel("controls")

@@ -130,6 +130,13 @@ def test_labels_are_text_and_never_formulas(run: OpenedRun, tmp_path: Path) -> N
     copy.run.write_table("flags", flags)
     ax = rendered(plots.removal(copy))
     assert r"\$" in ax.get_title()
+    graph = copy.graph()
+    for _, data in graph.digraph.nodes(data=True):
+        data["label"] = r"$\frac{$ $"
+    copy.run.write_text("graph.json", graph.to_json())
+    legend = rendered(plots.graph(copy)).get_legend()
+    assert legend is not None
+    assert r"\$\frac{\$ \$" in legend.get_texts()[0].get_text()
 
 
 def test_without_matplotlib_a_sentence_says_how_to_get_it(run: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
