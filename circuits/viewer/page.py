@@ -38,7 +38,7 @@ def render(payload: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(SURROGATE.sub(chr(0xFFFD), str(payload['title'])))}</title>\n<style>{style}</style>\n"
         '</head>\n<body>\n<div id="app"></div>\n'
-        "<noscript>This page draws with JavaScript, which is off; the run's Parquet files hold its numbers.</noscript>\n"
+        "<noscript>This page draws with JavaScript, which is off; the run holds its numbers as Parquet.</noscript>\n"
         f'<script type="application/json" id="payload">{text}</script>\n<script>{script}</script>\n</body>\n</html>\n'
     )
 

@@ -115,7 +115,7 @@ class _Builder:
             "latents": latents,
             "metas": metas,
             "facts": facts,
-            "contrast": None if against is None else _contrast(*against),
+            "contrast": None if against is None else self._contrast(*against),
         }
 
     def _numbered(self, table: pl.DataFrame) -> pl.DataFrame:
@@ -522,27 +522,22 @@ class _Builder:
             for meta, latent, cosine, carrier in table.select("meta", "latent", "cosine", "carrier").iter_rows()
         ]  # fmt: skip
 
-
-def _contrast(other: str, found: Contrast) -> Json:
-    """The two tables of a contrast, edges by the numbers of their nodes."""
-    ids = [*found.nodes["id"], *found.edges["source"].sort(), TARGET]  # the other sources are embeddings
-    number = {name: k for k, name in enumerate(dict.fromkeys(ids))}
-    edges = found.edges.drop_nulls("p").sort(pl.col("difference").abs(), descending=True, maintain_order=True)
-    edges = edges.head(EDGES).with_columns(pl.col("source", "target").replace_strict(number, return_dtype=pl.Int64))
-    sites = found.nodes["site"].unique(maintain_order=True).to_list()
-    order = sorted(sites, key=lambda name: Site.parse(name).depth)
-    nodes = found.nodes.with_columns(pl.col("site").replace_strict(order, list(range(len(order)))))
-    return {
-        "other": other,
-        "sites": [{"name": site, "title": _site_title(site)} for site in order],
-        "nodes": _columns(nodes),
-        "rest": [name for name in number if name not in set(found.nodes["id"])],
-        "edges": _columns(edges),
-        "prompts": list(found.prompts),
-        "paired": found.paired,
-        "smallest_p": found.smallest_p,
-        "notes": list(found.notes),
-    }
+    def _contrast(self, other: str, found: Contrast) -> Json:
+        """The two tables of a contrast, edges by the numbers of their nodes."""
+        ids = [*found.nodes["id"], *found.edges["source"].sort(), TARGET]  # the other sources are embeddings
+        number = {name: k for k, name in enumerate(dict.fromkeys(ids))}
+        edges = found.edges.drop_nulls("p").sort(pl.col("difference").abs(), descending=True, maintain_order=True)
+        edges = edges.head(EDGES).with_columns(pl.col("source", "target").replace_strict(number, return_dtype=pl.Int64))
+        return {
+            "other": other,
+            "nodes": _columns(self._with_sites(found.nodes)),
+            "rest": [name for name in number if name not in set(found.nodes["id"])],
+            "edges": _columns(edges),
+            "prompts": list(found.prompts),
+            "paired": found.paired,
+            "smallest_p": found.smallest_p,
+            "notes": list(found.notes),
+        }
 
 
 def _columns(table: pl.DataFrame) -> dict[str, list[Any]]:

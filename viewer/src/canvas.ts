@@ -10,7 +10,7 @@ import { signed } from "./text";
 const GRID = { left: 134, right: 22, top: 16, bottom: 46 };
 const WIDTHS = [0.5, 0.9, 1.5, 2.6, 4.4]; // of an edge, by size
 const LABELS = 140; // names drawn at once; zooming in shows those of what is left in view
-const DIM = "0.2"; // of all else while a node is pointed at
+const DIM = "0.28"; // of all else while a node is pointed at
 
 export interface Scene {
   graph: Graph;
@@ -226,7 +226,7 @@ export class Canvas {
       cursor: "pointer",
       emphasis: { disabled: true },
       label: {
-        position: "right", distance: 4, color: c.ink, fontSize: 11, fontFamily: FONT, formatter: "{b}", textBorderColor: c.card,
+        position: "right", distance: 4, color: c.ink, fontSize: 11, fontFamily: FONT, formatter: "{b}", textBorderColor: c.band,
         textBorderWidth: 2.5,
       },
       labelLayout: { hideOverlap: true },

@@ -5,7 +5,7 @@ import { AriaComponent, DataZoomInsideComponent, GridComponent, MarkLineComponen
 import { graphic, init, use, type EChartsType } from "echarts/core";
 import { LabelLayout } from "echarts/features";
 import { CanvasRenderer, SVGRenderer } from "echarts/renderers";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 
 use([
   BarChart, CustomChart, SankeyChart, ScatterChart, LineChart, AriaComponent, DataZoomInsideComponent, GridComponent,
@@ -27,7 +27,7 @@ export interface Colours {
   mark: string;
 }
 
-/** The page's colours as the style sheet has them now; `print`: those of paper. */
+/** The page's colours as the style sheet has them now. */
 export function colours(): Colours {
   const style = getComputedStyle(document.documentElement);
   const named = ["ink", "soft", "line", "card", "band", "up", "down", "none", "mark"] as const;
@@ -36,7 +36,7 @@ export function colours(): Colours {
 
 export const sign = (value: number | null | undefined, c: Colours): string => (!value ? c.none : value > 0 ? c.up : c.down);
 
-export const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif';
+export const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"; // stands in attributes
 
 interface Props {
   option: (c: Colours, width: number) => Option;
@@ -57,7 +57,7 @@ export function Chart({ option, height, label, theme, onClick }: Props) {
     const base = { animation: false, textStyle: { fontFamily: FONT }, aria: { enabled: false } };
     chart.current?.setOption({ ...base, ...latest.current.option(colours(), width) }, true);
   };
-  useEffect(() => {
+  useLayoutEffect(() => {
     const made = (chart.current = init(box.current!, null, { renderer: "svg" }));
     made.on("click", (event) => latest.current.onClick?.(event.dataIndex, String(event.dataType ?? "")));
     const watch = new ResizeObserver(() => {
@@ -70,6 +70,6 @@ export function Chart({ option, height, label, theme, onClick }: Props) {
       made.dispose();
     };
   }, []);
-  useEffect(draw);
+  useLayoutEffect(draw);
   return <div class="chart" ref={box} role="img" aria-label={label} style={{ height: `${height}px` }} data-theme={theme} />;
 }

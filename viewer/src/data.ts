@@ -138,7 +138,6 @@ export interface Agreement {
 
 export interface Contrast {
   other: string;
-  sites: { name: string; title: string }[];
   nodes: {
     id: string[];
     kind: Kind[];

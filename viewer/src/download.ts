@@ -42,7 +42,7 @@ export async function savePng(view: HTMLElement, name: string) {
   const image = new Image();
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(picture(view))}`;
   await image.decode();
-  const scale = 2;
+  const scale = Math.min(2, LONGEST / Math.max(image.width, image.height));
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [image.width * scale, image.height * scale];
   const context = canvas.getContext("2d")!;
@@ -52,6 +52,7 @@ export async function savePng(view: HTMLElement, name: string) {
   if (blob) save(`${name}.png`, blob);
 }
 
+const LONGEST = 16_000; // pixels of a side that every browser can draw
 const FORBIDDEN = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g; // in XML
 
 /** The view as an SVG that holds the page's own markup and style, canvases as pictures. */
@@ -62,7 +63,7 @@ function picture(view: HTMLElement): string {
   copy.querySelectorAll("canvas").forEach((canvas, k) => {
     const image = document.createElement("img");
     image.src = canvases[k].toDataURL();
-    image.setAttribute("style", `${canvas.getAttribute("style") ?? ""}; opacity: ${getComputedStyle(canvases[k].closest(".layer") ?? canvases[k]).opacity}`);
+    image.style.cssText = `${canvas.style.cssText}; opacity: ${getComputedStyle(canvases[k].closest(".layer") ?? canvases[k]).opacity}`;
     canvas.replaceWith(image);
   });
   const inputs = view.querySelectorAll("input");

@@ -1,5 +1,5 @@
 // The graph: tokens or roles across, sites upward.
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Canvas, strength } from "./canvas";
 import { data, dossierOf, promptText } from "./data";
 import { current } from "./download";
@@ -95,9 +95,9 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
     else go({ node: graph.key[node] === state.node ? "" : graph.key[node] });
   };
   events.current.open = (node) => openNode(graph, node, go);
-  const height = Math.min(Math.max(330, layout.labelled ? 34 * layout.height + 90 : 620), 900);
+  const height = Math.min(Math.max(330, layout.labelled ? 32 * layout.height + 80 : 620), 900);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const made = (canvas.current = new Canvas(under.current!, over.current!, {
       point: (node) => setPointed(node),
       pick: (node, shift) => events.current.pick(node, shift),
@@ -110,7 +110,7 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
       made.dispose();
     };
   }, []);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const share = data.run.trust.error_share;
     const sites = graph.mode === "contrast" ? [] : data.sites.map((site) => (share[site.name] == null ? "" : `error ${percent(share[site.name])}`));
     canvas.current?.draw({ graph, kept, layout, rowNotes: ["", ...sites, ""], pinned });
@@ -161,7 +161,7 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
 
 function contrastWords(): string {
   const found = data.contrast!;
-  return `Differences of ${found.paired ? "pairs of" : ""} ${found.prompts.join(" and ")} held-out prompts, this run minus ${found.other}; smallest p possible ${plain(found.smallest_p, 2)}. `;
+  return `Differences of ${found.paired ? "pairs of" : ""} ${found.prompts.join(" and ")} held-out prompts, this run minus ${found.other}; smallest p possible ${plain(found.smallest_p, 2)}. ${found.notes.join(" ")} `;
 }
 
 const toggled = (list: string[], item: string) => (list.includes(item) ? list.filter((each) => each !== item) : [...list, item]);
@@ -205,7 +205,7 @@ function Legend({ graph }: { graph: Graph }) {
 function Panel({ graph, kept, node, state, go, fit }: { graph: Graph; kept: Kept; node: number | null; state: State; go: Go; fit: () => void }) {
   const [name, setName] = useState("");
   const [find, setFind] = useState("");
-  const pins = state.pins.filter((key) => graph.at.has(key) || state.mine.length >= 0);
+  const { pins } = state;
   const group = () => {
     const members = pins.filter((key) => parseKey(key)?.kind === "latent");
     if (members.length > 1) go({ mine: [...state.mine, { label: name.trim() || `group ${state.mine.length + 1}`, members }], group: "mine", pins: [] });
@@ -259,8 +259,7 @@ export function place(graph: Graph, node: number): string {
   const { nodes } = graph;
   if (nodes.kind[node] === "target") return "";
   const column = graph.columns.find((each) => each.key === String(nodes.position[node]))?.title ?? nodes.position[node];
-  const sites = graph.mode === "contrast" ? data.contrast!.sites : data.sites;
-  return nodes.kind[node] === "embedding" ? `${column}` : `${column}, ${sites[nodes.site[node] ?? 0]?.title ?? ""}`;
+  return nodes.kind[node] === "embedding" ? `${column}` : `${column}, ${data.sites[nodes.site[node] ?? 0].title}`;
 }
 
 function Strongest({ graph, kept, size, go }: { graph: Graph; kept: Kept; size: Float64Array; go: Go }) {

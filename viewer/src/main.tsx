@@ -29,6 +29,8 @@ const KEYS = [
   ["?", "this list"],
 ];
 
+let printing = false; // paper is light
+
 function App() {
   const [state, setState] = useState(read);
   const latest = useRef(state);
@@ -60,7 +62,8 @@ function App() {
   }, []);
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const turn = () => go({ theme: (state.theme || (dark ? "dark" : "light")) === "dark" ? "light" : "dark" }, { replace: true });
-  if (state.theme) document.documentElement.dataset.theme = state.theme;
+  const theme = printing ? "light" : state.theme;
+  if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
@@ -102,7 +105,7 @@ function App() {
         </span>
       </header>
       <main ref={view} aria-label={title}>
-        <Shown state={state} go={go} />
+        <Shown state={{ ...state, theme }} go={go} />
       </main>
       <dialog ref={help} aria-label="Keys and about" onClick={(event) => event.target === help.current && help.current?.close()}>
         <h2>Keys</h2>
@@ -115,4 +118,11 @@ function App() {
   );
 }
 
-render(<App />, document.getElementById("app")!);
+const draw = () => render(<App />, document.getElementById("app")!);
+draw();
+for (const [event, light] of [["beforeprint", true], ["afterprint", false]] as const) {
+  addEventListener(event, () => {
+    printing = light;
+    draw();
+  });
+}

@@ -1,5 +1,5 @@
 // The graphs a reader can look at - of the set, of one prompt, of a contrast - in one form, and groups drawn as one.
-import { data, dossierOf, latentName, metaName, type EdgeTable, type Kind, type NodeTable } from "./data";
+import { data, dossierOf, effectOf, latentName, metaName, type EdgeTable, type Kind, type NodeTable } from "./data";
 import { token } from "./text";
 import type { Grouping, Mode, State } from "./state";
 
@@ -93,10 +93,11 @@ function ofPrompt(at: number): Graph | null {
   if (!own) return null;
   let found = prompts.get(at);
   if (!found) {
+    const attribution = own.nodes.attribution.map((value, k) => (own.nodes.kind[k] === "target" ? effectOf(at) : value));
     found = finish({
       mode: "prompt",
       prompt: at,
-      nodes: own.nodes,
+      nodes: { ...own.nodes, attribution },
       edges: own.edges,
       total: own.of.influence,
       of: own.of,
@@ -123,6 +124,7 @@ function ofContrast(): Graph | null {
     label: [...table.label, ...rest.map(() => null)],
     attribution: [...table.difference, ...rest.map(() => null)],
     influence: [...table.difference.map((each) => Math.abs(each) / size), ...rest.map(() => 0)],
+    // What is surely different is shown as what is surely in a set's graph.
     tier: [...table.q.map((q) => (q != null && q <= 0.05 ? "consensus" : "noise")), ...rest.map(() => null)],
   };
   const all = found.edges.difference.reduce((sum, each) => sum + Math.abs(each), 0) || 1;
@@ -143,7 +145,7 @@ function ofContrast(): Graph | null {
     total: latentInfluence(nodes),
     of: { nodes: nodes.kind.length, edges: edges.source.length },
     columns: columns.map((each) => ({ key: each, title: each })),
-    rows: siteRows(found.sites),
+    rows: siteRows(data.sites),
   });
   return contrastGraph;
 }

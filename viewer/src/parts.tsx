@@ -1,7 +1,6 @@
 // Small pieces that several views share.
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
-import { colours, sign } from "./charts";
 import { data, GAP } from "./data";
 import { percent, signed, token } from "./text";
 
@@ -65,7 +64,7 @@ export function Tokens({ at, values, scale, mark }: { at: number; values?: Array
 
 export function Token({ text, value, largest, marked }: { text: string; value: number; largest: number; marked?: boolean }) {
   const share = Math.min(1, Math.abs(value) / largest);
-  const background = share < 0.02 ? "transparent" : `color-mix(in srgb, ${sign(value, colours())} ${Math.round(12 + 58 * share)}%, transparent)`;
+  const background = share < 0.02 ? "transparent" : `color-mix(in srgb, var(--${value > 0 ? "up" : "down"}) ${Math.round(12 + 58 * share)}%, transparent)`;
   return (
     <span class={marked ? "token marked" : "token"} title={value ? `${token(text)}: ${signed(value)}` : undefined} style={{ background }}>
       {text.replaceAll("\n", "↵")}
@@ -82,7 +81,7 @@ export interface Column<T> {
   hint?: string;
 }
 
-const PAGE = 200; // rows drawn at once
+const PAGE = 100; // rows drawn at once
 
 /** A table that sorts by its headings; `sort` is "key" or "-key". */
 export function Table<T>(props: {

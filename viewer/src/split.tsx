@@ -123,7 +123,7 @@ export function Flow({ rows, at, site, marked, theme, onMeta, onLatent }: { rows
         option={(c, width): Option => ({
           series: [
             {
-              type: "sankey", left: 4, right: Math.min(130, width * 0.16), top: 6, bottom: 6, nodeWidth: 13, nodeGap: 9, layoutIterations: 24, draggable: false, nodeAlign: "justify",
+              type: "sankey", left: 4, right: Math.min(130, width * 0.16), top: 6, bottom: 6, nodeWidth: 13, nodeGap: 11, layoutIterations: 24, draggable: false, nodeAlign: "justify",
               emphasis: { focus: "adjacency" },
               label: { color: c.ink, fontSize: 11.5, formatter: (each: { name: string }) => { const node = nodes.get(each.name)!; return `${cut(node.text, 30)}  ${signed(node.net)}`; } },
               data: ids.map((id) => ({ name: id, itemStyle: { color: shade(id, nodes.get(id)!.net, c), borderWidth: id === `m${marked}` ? 2.5 : 0, borderColor: c.ink }, label: id === `m${marked}` ? { fontWeight: 700 } : {} })),
@@ -142,7 +142,7 @@ export function Flow({ rows, at, site, marked, theme, onMeta, onLatent }: { rows
 /** Latents that carry too little to be seen, with all others in one row. */
 function gathered(rows: PromptSplit[]): PromptSplit[] {
   const size = (row: PromptSplit) => sum(row.value.map(Math.abs));
-  const least = 0.015 * sum(rows.map(size));
+  const least = 0.025 * sum(rows.map(size));
   const small = rows.filter((row) => row.latent === SUMMED || size(row) < least);
   const parts = new Map<number, number>();
   for (const row of small) row.meta.forEach((meta, k) => parts.set(meta, (parts.get(meta) ?? 0) + row.value[k]));
