@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -225,6 +225,11 @@ class EdgeRows:
     latent: Tensor
     weight: Tensor
 
+    def frame(self) -> pl.DataFrame:
+        """One row for each edge, 20 bytes wide."""
+        columns = {each.name: getattr(self, each.name).cpu().numpy() for each in fields(self)}
+        return pl.DataFrame(columns).with_columns(pl.all().exclude("weight").cast(pl.Int32))
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -315,12 +320,15 @@ def edges(
     semantics: Semantics = Semantics.GRADIENT,
     chunk: int = 32,
     keep: int | None = None,
+    sink: Callable[[EdgeRows], None] | None = None,
 ) -> Edges:
     """In-edges of all targets from the sources that reach them directly.
 
     Sources are cut from one another; a target's own site, if it is among them, too. `chunk` is how many
     gradients of a prompt one backward carries: it sets memory and speed, not the result. `keep` leaves
-    only the strongest in-edges of each target (the totals still count them all).
+    only the strongest in-edges of each target (the totals still count them all). `sink` is given finished rows as
+    they come, to be written away where all edges are too many to hold; what is returned then has none of them, only
+    what is known of each target.
     Raises MediationError for two sources at one site and for a chunk below 1.
     """
     ordered = _ordered(sources)
@@ -346,6 +354,8 @@ def edges(
             ):
                 pulled = local.pull(number, value, leaves, some, turn, part)
                 found.add(local.targets[number].take(some), name[some], turn, job.rows, pulled, job.begin)
+                if sink is not None:
+                    found.hand_over(sink)
     return found.edges(plan.constants(model, batch, semantics))
 
 
@@ -616,6 +626,12 @@ class _Collector:
         """Forget what was laid out for the last one."""
         self.laid_out.clear()
         self.room = GATHERED
+
+    def hand_over(self, sink: Callable[[EdgeRows], None]) -> None:
+        """Give the edges so far away."""
+        for piece in self.pieces:
+            sink(piece)
+        self.pieces.clear()
 
     def edges(self, constant: Tensor) -> Edges:
         """All edges so far, ordered by target."""

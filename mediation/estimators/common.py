@@ -41,13 +41,15 @@ class NodeScores:
         return total + self.error.double().sum(dim=1)
 
 
-def behaviour(model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False) -> Tensor:
-    """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten."""
+def behaviour(
+    model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False, start: Site | None = None
+) -> Tensor:
+    """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten; `start` as in `forward`."""
     tokens = batch.corrupt if corrupt else batch.clean
     assert tokens is not None  # tokenize() has refused prompts without a corrupt side
     kept = keep_positions(batch)
     with torch.no_grad():
-        logits = model.forward(tokens, batch.mask, edit=edit, positions=kept).logits
+        logits = model.forward(tokens, batch.mask, edit=edit, positions=kept, start=start).logits
         assert logits is not None
         return score(logits, batch, kept)
 

