@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,10 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 from torch import nn
 
-import mediation
 from mediation.dictionaries import Dictionary
 from mediation.prompts import Batch, Example, collate
 from mediation.subject import SubjectModel
 from tests.tiny_models import D_MODEL, LAYERS, save_tiny
-
-ORGANISM = Path(mediation.__file__).parent / "organisms" / "default"
 
 
 def shared_data(*parts: str) -> Path:
@@ -148,15 +144,3 @@ def detector_dictionary(folder: Path, detected: int = 6) -> Dictionary:
     sae.b_dec.data = torch.zeros(D_MODEL)
     sae.save_model(folder)
     return Dictionary.load(folder)
-
-
-def organism_rows() -> list[dict[str, Any]]:
-    """The prompts of the shipped organism, as rows; twelve of each question, one question after the other."""
-    return [json.loads(line) for line in (ORGANISM / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a file of prompts; its path."""
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)

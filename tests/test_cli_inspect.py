@@ -13,7 +13,7 @@ from circuits.graph import TARGET, AttributionGraph
 from circuits.opened import open_run
 from mediation.cli import main
 from mediation.labels import load_labels
-from tests.conftest import SITE
+from tests.conftest import META as SITE
 from tests.test_cli import refused
 
 
@@ -29,21 +29,21 @@ def strongest(run: Path) -> int:
     return next(each for each in latents if each in named and opened.latent(SITE, each).on_in)
 
 
-def test_a_latent_as_json_is_what_python_gives(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    latent = strongest(finished)
+def test_a_latent_as_json_is_what_python_gives(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latent = strongest(full)
     for site in (SITE, "1.resid_pre", "model.layers.0"):
-        main(["inspect", str(finished), "--latent", f"{site}/{latent}", "--json"])
+        main(["inspect", str(full), "--latent", f"{site}/{latent}", "--json"])
         found = json.loads(capsys.readouterr().out)
-        assert found.pop("run") == str(finished)
-        assert found == json.loads(json.dumps(open_run(finished).latent(SITE, latent).to_dict()))
+        assert found.pop("run") == str(full)
+        assert found == json.loads(json.dumps(open_run(full).latent(SITE, latent).to_dict()))
     assert {"described", "roles", "by_prompt", "passages", "exact", "inputs", "outputs", "parts"} <= found.keys()
 
 
-def test_people_see_a_latent_as_tables_and_a_tree(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    latent = strongest(finished)
-    main(["inspect", str(finished), "--latent", f"{SITE}/{latent}"])
+def test_people_see_a_latent_as_tables_and_a_tree(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latent = strongest(full)
+    main(["inspect", str(full), "--latent", f"{SITE}/{latent}"])
     text = one_line(capsys.readouterr().out)
-    found = open_run(finished).latent(SITE, latent)
+    found = open_run(full).latent(SITE, latent)
     assert f"Latent {latent} of {SITE}: {found.called}" in text
     assert "Strongest contexts (activation)" in text
     assert f"Logit lens: promotes {found.described.logits_up[0].strip()}" in text
@@ -57,13 +57,13 @@ def test_people_see_a_latent_as_tables_and_a_tree(finished: Path, capsys: pytest
         assert f"{row['attribution']:+.3f}" in text
 
 
-def test_people_see_a_meta_latent_with_its_tests(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = open_run(finished)
+def test_people_see_a_meta_latent_with_its_tests(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = open_run(full)
     fact = run.hidden_facts().row(0, named=True)
-    main(["inspect", str(finished), "--meta-latent", str(fact["meta"]), "--json"])
+    main(["inspect", str(full), "--meta-latent", str(fact["meta"]), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found == {"run": str(finished)} | json.loads(json.dumps(run.meta_latent(fact["meta"]).to_dict()))
-    main(["inspect", str(finished), "--meta-latent", str(fact["meta"])])
+    assert found == {"run": str(full)} | json.loads(json.dumps(run.meta_latent(fact["meta"]).to_dict()))
+    main(["inspect", str(full), "--meta-latent", str(fact["meta"])])
     text = one_line(capsys.readouterr().out)
     assert f"Meta-latent {fact['meta']} at {SITE}: {fact['fact']}" in text
     assert "Through which latents" in text
@@ -72,11 +72,11 @@ def test_people_see_a_meta_latent_with_its_tests(finished: Path, capsys: pytest.
 
 
 def test_labels_and_tokens_are_shown_as_they_are(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Markup in a label, an escape sequence in a token: text, and nothing else."""
-    run, saes = shutil.copytree(finished, tmp_path / "run"), tmp_path / "saes"
-    shutil.copytree(finished.parent / "organism" / "saes" / SITE, saes)
+    run, saes = shutil.copytree(full, tmp_path / "run"), tmp_path / "saes"
+    shutil.copytree(full.parent / "organism" / "saes" / SITE, saes)
     labels = pl.read_parquet(saes / "labels.parquet")
     labels.with_columns(
         label=pl.lit("[/red] [bold]x"), logits_up=pl.lit(["[link=evil]y", "\x1b[31mz"])
@@ -84,7 +84,7 @@ def test_labels_and_tokens_are_shown_as_they_are(
     info = json.loads((run / "run.json").read_text())
     info["dictionaries"][SITE]["folder"] = str(saes)
     (run / "run.json").write_text(json.dumps(info))
-    main(["inspect", str(run), "--latent", f"{SITE}/{strongest(finished)}"])
+    main(["inspect", str(run), "--latent", f"{SITE}/{strongest(full)}"])
     text = capsys.readouterr().out
     assert "[/red] [bold]x" in text
     assert "[link=evil]y" in text
@@ -92,8 +92,8 @@ def test_labels_and_tokens_are_shown_as_they_are(
     assert "\x1b" not in text
 
 
-def test_the_tables_as_csv_are_the_graph(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = shutil.copytree(finished, tmp_path / "run")
+def test_the_tables_as_csv_are_the_graph(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(full, tmp_path / "run")
     every = ["--nodes", "1", "--edges", "1"]
     for prompt in ([], ["--prompt", open_run(run).prompts()["prompt"][0]]):
         main(["inspect", str(run), *prompt, *every, "--export", "csv", "--export", "parquet", "--json"])
@@ -110,8 +110,8 @@ def test_the_tables_as_csv_are_the_graph(finished: Path, tmp_path: Path, capsys:
         assert len(pl.read_parquet(Path(files["parquet"]) / "edges.parquet")) == len(edges)
 
 
-def test_bad_input_is_one_sentence(finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    run, latent = str(finished), f"{SITE}/{strongest(finished)}"
+def test_bad_input_is_one_sentence(full: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, latent = str(full), f"{SITE}/{strongest(full)}"
     assert "SITE/ID" in refused(capsys, "inspect", run, "--latent", "17")
     assert "SITE/ID" in refused(capsys, "inspect", run, "--latent", f"{SITE}/error")
     assert "its sites are" in refused(capsys, "inspect", run, "--latent", "9.resid_pre/17")
@@ -122,6 +122,6 @@ def test_bad_input_is_one_sentence(finished: Path, capsys: pytest.CaptureFixture
     assert "--latent or --group" in refused(capsys, "inspect", run, "--meta-latent", "1", "--meta", run)
     assert "run's folder" in refused(capsys, "inspect", "--dictionary", run, "--meta-latent", "1")
     assert "run.json" in refused(capsys, "inspect", str(tmp_path), "--latent", latent)
-    other = open_run(finished).nodes().filter(site="blocks.2.hook_resid_pre").drop_nulls("latent")["latent"][0]
-    meta = str(finished.parent / "organism" / "meta" / SITE)
+    other = open_run(full).nodes().filter(site="blocks.2.hook_resid_pre").drop_nulls("latent")["latent"][0]
+    meta = str(full.parent / "organism" / "meta" / SITE)
     assert "another dictionary" in refused(capsys, "inspect", run, "--latent", f"2.resid_pre/{other}", "--meta", meta)

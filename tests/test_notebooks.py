@@ -41,7 +41,7 @@ def test_the_first_traces_flags_and_inspects(tmp_path: Path) -> None:
                for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)  # fmt: skip
 
 
-def test_the_second_reads_a_run(finished: Path, tmp_path: Path) -> None:
+def test_the_second_reads_a_run(full: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "notebook").symlink_to(finished)
+    (tmp_path / "runs" / "notebook").symlink_to(full)
     assert {"text/html", "image/png"} <= shown(executed(ROOT / "examples" / "2-read-a-run.ipynb", tmp_path))

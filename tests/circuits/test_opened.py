@@ -21,13 +21,16 @@ from mediation.labels import read_labels
 from mediation.metalatents import MetaDictionary
 from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.trace import set_effect
-from tests.conftest import SITE
-from tests.setups import organism_rows, random_dictionary
+from tests.conftest import META as SITE
+from tests.setups import random_dictionary
+from tests.test_cli import ROWS
+
+PROMPTS = 32  # of the run
 
 
 @pytest.fixture(scope="module")
-def run(finished: Path) -> OpenedRun:
-    return open_run(finished)
+def run(full: Path) -> OpenedRun:
+    return open_run(full)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def copied(run: OpenedRun, folder: Path) -> OpenedRun:
 
 
 def test_prompts_are_the_users_in_their_order_with_what_was_measured(run: OpenedRun) -> None:
-    table, rows = run.prompts(), organism_rows()[:24]
+    table, rows = run.prompts(), ROWS[:PROMPTS]
     assert table["prompt"].to_list() == [row["id"] for row in rows]
     assert table["text"].to_list() == [row["clean"] for row in rows]
     assert table["fact"].to_list() == [row["fact"] for row in rows]
@@ -95,7 +98,7 @@ def test_roles_carry_the_total_effect_but_for_the_gap(run: OpenedRun) -> None:
     for site in run.sites:
         mine = run.read("prompts").filter(site=site).group_by("prompt").agg(pl.col("ig").sum())
         assert table.filter(site=site)["attribution"].sum() == pytest.approx(mine["ig"].mean())
-        errors = run.read("nodes").filter((pl.col("site") == site) & pl.col("latent").is_null())["ig"].sum() / 24
+        errors = run.read("nodes").filter((pl.col("site") == site) & pl.col("latent").is_null())["ig"].sum() / PROMPTS
         assert table.filter(site=site, kind="error")["attribution"].sum() == pytest.approx(errors)
     # A role's interval is the bootstrap interval of its sums.
     person = table.filter(site=SITE, role="person", kind="latent").row(0, named=True)
@@ -191,7 +194,7 @@ def test_parts_are_conserved_and_are_those_of_the_row(run: OpenedRun, latents: l
         for part in parts.drop_nulls("meta").iter_rows(named=True):
             u = meta.directions[part["meta"]]
             assert part["share"] == pytest.approx(float(part["code"] * (row @ u) / (row @ row)), abs=1e-5)
-        total = nodes.filter(latent=latent)["ig"].sum() / 24
+        total = nodes.filter(latent=latent)["ig"].sum() / PROMPTS
         assert parts["attribution"].sum() == pytest.approx(total, abs=1e-5)
         prompt = nodes.filter(latent=latent)["prompt"][0]
         own = run.parts("1.resid_pre", latent, prompt=prompt)["attribution"].sum()
@@ -226,9 +229,9 @@ def test_a_meta_latents_parts_add_up_over_prompts_and_latents(run: OpenedRun) ->
     for meta in facts["meta"].unique(maintain_order=True).head(4):
         found = run.meta_latent(meta)
         mine = split.filter(meta=meta)
-        assert found.attribution == pytest.approx(mine["attribution"].sum() / 24)
+        assert found.attribution == pytest.approx(mine["attribution"].sum() / PROMPTS)
         assert found.through["attribution"].sum() == pytest.approx(found.attribution)
-        assert found.by_prompt["attribution"].sum() == pytest.approx(24 * found.attribution)
+        assert found.by_prompt["attribution"].sum() == pytest.approx(PROMPTS * found.attribution)
         peak = found.passages[0]
         assert sum(peak.values) == pytest.approx(mine.filter(prompt=peak.prompt)["attribution"].sum())
         assert found.tests.select("prompt", "removal", "q").equals(
@@ -270,7 +273,7 @@ def test_the_page_is_shown_in_a_frame_that_reaches_nothing_else(run: OpenedRun, 
     text = open_run(bare)._repr_html_()
     assert "mediation inspect" in text
     assert "<b>run" not in text
-    assert "24 prompts" in repr(run)
+    assert f"{PROMPTS} prompts" in repr(run)
 
 
 def test_what_is_not_there_is_named_in_a_sentence(run: OpenedRun, tmp_path: Path) -> None:

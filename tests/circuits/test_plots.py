@@ -16,16 +16,18 @@ from circuits import plots
 from circuits.graph import NodeKind
 from circuits.opened import OpenedRun, open_run
 from mediation.errors import MediationError
-from tests.conftest import SITE
+from tests.conftest import META as SITE
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+PROMPTS = 32  # of the run
+
 
 @pytest.fixture(scope="module")
-def run(finished: Path) -> OpenedRun:
-    return open_run(finished)
+def run(full: Path) -> OpenedRun:
+    return open_run(full)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +94,7 @@ def test_the_steps_of_a_split_end_at_the_whole(run: OpenedRun) -> None:
     latent = run.nodes().filter(site=SITE).drop_nulls("latent")["latent"][0]
     ax = rendered(plots.split(run, "1.resid_pre", latent))
     *steps, whole = ax.patches
-    total = run.read("nodes").filter(site=SITE, latent=latent)["ig"].sum() / 24
+    total = run.read("nodes").filter(site=SITE, latent=latent)["ig"].sum() / PROMPTS
     assert whole.get_width() == pytest.approx(total, abs=1e-5)
     assert sum(step.get_width() for step in steps) == pytest.approx(total, abs=1e-5)
     ends = [step.get_x() + step.get_width() for step in steps]
