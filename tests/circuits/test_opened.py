@@ -21,6 +21,7 @@ from mediation.labels import read_labels
 from mediation.metalatents import MetaDictionary
 from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.trace import set_effect
+from tests.circuits.test_page import CHROMIUM, FLAGS, absent, sync_playwright
 from tests.conftest import META as SITE
 from tests.setups import random_dictionary
 from tests.test_cli import ROWS
@@ -305,3 +306,23 @@ def test_what_is_not_there_is_named_in_a_sentence(run: OpenedRun, tmp_path: Path
     assert found.parts["share"].sum() == pytest.approx(1)
     assert any("was not split" in note for note in found.notes)
     AttributionGraph.load(bare.path / "graph.json")
+
+
+@pytest.mark.xfail(strict=True, reason="the page calls history.pushState('#...'), which a frame's srcdoc refuses")
+def test_the_page_works_in_the_frame(run: OpenedRun, tmp_path: Path) -> None:
+    """In Chromium, as a notebook shows it: drawn, and views followed."""
+    if sync_playwright is None or CHROMIUM is None:
+        absent("needs Chromium and the playwright package")
+    cell, wrong = tmp_path / "cell.html", []  # type: tuple[Path, list[str]]
+    cell.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{run._repr_html_()}", encoding="utf-8")
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(cell.as_uri())
+        frame = page.frames[1]
+        frame.wait_for_selector("main *", timeout=60_000)
+        frame.click("header nav >> text=Hidden facts")
+        frame.wait_for_timeout(500)
+        text = frame.inner_text("main")
+    assert wrong == []
+    assert run.hidden_facts()["fact"][0] in text
