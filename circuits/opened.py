@@ -252,7 +252,7 @@ class OpenedRun:
                     "flagged": here["flagged"].sum(),
                 }
             )
-        schema = {
+        schema: dict[str, type[pl.DataType] | pl.DataType] = {
             "group": pl.String, "kind": pl.String, "prompts": pl.Int64, "removal": pl.Float64,
             "controls": pl.List(pl.Float64), "swap_follows": pl.Int64, "p": pl.Float64, "q": pl.Float64,
             "flagged": pl.Int64,
