@@ -368,7 +368,7 @@ def _group_p(table: pl.DataFrame, group: str, kind: str, null: np.ndarray) -> fl
     return float(permutation_p(observed, null.mean(axis=0)))
 
 
-SCHEMA = {
+SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
     "prompt": pl.String,
     "group": pl.String,
     "expected": pl.String,

@@ -148,7 +148,7 @@ def test_every_view_opens_on_a_real_run(full: Path, opened: Callable[..., Opened
         "facts": ["tested facts are flagged", "follows"],
     }
     for view, words in shows.items():
-        page = tab.open(view=view)
+        page = tab.open(view=view, mode="set")
         page.wait_for_timeout(150)
         for word in words:
             assert word in tab.text, (view, word)
@@ -230,7 +230,7 @@ def test_the_slider_keeps_what_pruning_keeps(full: Path, opened: Callable[..., O
     graph = AttributionGraph.load(full / "graph.json")
     part = prune(graph, Keep(share, share))
     tab = opened(full / "index.html")
-    page = tab.open(view="graph", group="none")
+    page = tab.open(view="graph", mode="set", group="none")
     for name in ("Share of the latents' influence kept", "Share of the edges' influence kept"):
         page.fill(f'input[aria-label="{name}"]', str(share))
     rows = tab.rows()
@@ -245,7 +245,7 @@ def test_the_slider_keeps_what_pruning_keeps(full: Path, opened: Callable[..., O
 
 def test_pointing_pinning_and_grouping(full: Path, opened: Callable[..., Opened]) -> None:
     tab = opened(full / "index.html")
-    page = tab.open(view="graph", group="none", keep=1)
+    page = tab.open(view="graph", mode="set", group="none", keep=1)
     latents = [row for row in tab.rows() if row["kind"] == "latent"]
     cell = next(row["place"] for row in latents if sum(each["place"] == row["place"] for each in latents) > 2)
     chosen = [row for row in latents if row["place"] == cell][:2]
@@ -273,7 +273,7 @@ def test_pointing_pinning_and_grouping(full: Path, opened: Callable[..., Opened]
 
 def test_the_graph_is_walked_with_the_keyboard(full: Path, opened: Callable[..., Opened]) -> None:
     tab = opened(full / "index.html")
-    page = tab.open(view="graph", group="none")
+    page = tab.open(view="graph", mode="set", group="none")
     page.focus(".canvas")
     seen = []
     for key in ("ArrowUp", "ArrowRight", "ArrowRight", "ArrowUp"):
@@ -295,9 +295,9 @@ def test_the_graph_is_walked_with_the_keyboard(full: Path, opened: Callable[...,
 @pytest.mark.parametrize("view", VIEWS)
 def test_each_view_can_be_saved(full: Path, opened: Callable[..., Opened], view: str) -> None:
     tab = opened(full / "index.html")
-    state: dict[str, Any] = {"view": view}
+    state: dict[str, Any] = {"view": view, "mode": "set"}
     if view == "node":
-        tab.open(view="graph")
+        tab.open(view="graph", mode="set")
         state["node"] = next(row["key"] for row in tab.rows() if row["kind"] == "latent")
     tab.open(**state)
     tab.page.wait_for_timeout(200)
