@@ -183,6 +183,7 @@ def test_names_stay_inside_the_run(tmp_path: Path, name: str) -> None:
         lambda: run.write_shard(name, "0", FRAME),
         lambda: run.write_table(name, FRAME),
         lambda: run.write_text(name, ""),
+        lambda: run.write_text("nodes.csv", "", folder=f"{name}/"),
         lambda: run.read(name),
     ):
         with pytest.raises(MediationError, match="cannot name a file"):
