@@ -23,6 +23,7 @@ from circuits.evidence import Description, LatentEvidence, MetaEvidence, Passage
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from circuits.supernodes import Supernode
+from mediation.contexts import AFTER, BEFORE
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -270,7 +271,7 @@ def _description(described: Description) -> None:
         console.print(f"On at {described.density:.3%} of the text's tokens. {_histogram(described.histogram)}".rstrip())
     for word, tokens in (("promotes", described.logits_up), ("suppresses", described.logits_down)):
         if tokens:
-            console.print(f"Logit lens: {word} {escape(' '.join(map(_visible, tokens)))}")
+            console.print(f"Logit lens: {word} {escape(' '.join(_visible(each).strip() or '␣' for each in tokens))}")
     _passages("Strongest contexts (activation)", described.contexts)
 
 
@@ -284,26 +285,27 @@ def _histogram(bins: Sequence[dict[str, Any]]) -> str:
 
 
 def _passages(title: str, passages: Sequence[Passage]) -> None:
-    """Passages with their peak marked, its value before them."""
+    """Passages around their peak, which stands in brackets, its value before them."""
     if not passages:
         return
     console.print(f"\n[bold]{title}[/bold]")
     for each in passages:
         gap = "" if any(token[:1].isspace() for token in each.tokens[1:]) else " "  # words as tokens have no spaces
-        line = Text(f"{each.values[each.position]:+8.3g}  ", style="cyan")
-        for k, token in enumerate(each.tokens):
-            line.append(_visible(token, edge=False), style="bold reverse" if k == each.position else "")
-            line.append(gap)
-        if each.prompt is not None:
-            line.append(f"  {each.prompt}", style="dim")
+        at, shown = each.position, [_visible(token) for token in each.tokens]
+        first, end = max(0, at - BEFORE), at + AFTER + 1
+        space = " " if shown[at][:1].isspace() else ""
+        line = Text(f"{each.values[at]:+8.3g}  ", style="cyan")
+        line.append("…" if first else "").append(gap.join([*shown[first:at], space]))
+        line.append(f"[{shown[at].strip()}]", style="bold reverse")
+        line.append(gap.join(["", *shown[at + 1 : end]])).append("…" if end < len(shown) else "")
+        line.append("" if each.prompt is None else f"  {each.prompt}", style="dim")
         console.print(line)
 
 
-def _visible(token: str, *, edge: bool = True) -> str:
-    """A token on one line, control characters by their codes; with `edge`, without the space before it."""
+def _visible(token: str) -> str:
+    """A token on one line, control characters by their codes."""
     shown = token.replace("\n", "↵").replace("\t", "⇥")
-    shown = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in shown)
-    return (shown.strip() or "␣") if edge else shown
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in shown)
 
 
 def _parts(parts: pl.DataFrame) -> None:
