@@ -195,8 +195,8 @@ def latent_evidence(
     exact = exact.select("prompt", "role", "position", "exact_effect", "ig", "atp")
     parts, notes = latent_parts(run, site, latent, folder=meta), []
     if not (described.contexts or described.logits_up):
-        where = "its folder" if folder is None else str(folder)
-        notes.append(f"Contexts, density and logit lens are made by `mediation label`; there are none in {where}.")
+        where = "the folder of its dictionary is not there" if folder is None else f"there are none in {folder}"
+        notes.append(f"Contexts, density and logit lens are made by `mediation label`; {where}.")
     if inputs.is_empty():
         notes.append("In-edges are computed for the latents of the set's graph, and this is none of them.")
     if parts is None:
@@ -346,6 +346,8 @@ def latent_parts(
     table = pl.DataFrame(schema=keys) if weights is None else weights
     sums = pl.DataFrame(schema={"meta": pl.Int64, "attribution": pl.Float64}) if attributions is None else attributions
     table = table.join(sums, on="meta", how="full", coalesce=True, maintain_order="left_right")
+    if attributions is not None:  # a part along which the behaviour does not change has no row in the split
+        table = table.with_columns(pl.col("attribution").fill_null(0.0))
     names = load_labels(folder)
     called = [PARTS.get(meta) or names.get(meta, f"meta-latent {meta}") for meta in table["meta"]]
     table = table.with_columns(

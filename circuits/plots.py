@@ -149,7 +149,6 @@ def split(run: OpenedRun, site: str, latent: int, *, prompt: str | None = None, 
     table = run.parts(site, latent, prompt=prompt)
     if table["attribution"].null_count() == len(table):
         raise MediationError(f"The attribution of {site} was not split; run `mediation flag` with its meta-dictionary.")
-    table = table.with_columns(pl.col("attribution").fill_null(0.0))
     metas = table.drop_nulls("meta").sort(pl.col("attribution").abs(), descending=True, maintain_order=True)
     steps = list(metas.head(PARTS).select("part", "attribution").iter_rows())
     if len(metas) > PARTS:

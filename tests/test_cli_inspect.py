@@ -14,7 +14,7 @@ from circuits.opened import open_run
 from mediation.cli import main
 from mediation.labels import load_labels
 from tests.conftest import META as SITE
-from tests.test_cli import refused
+from tests.test_cli import MODEL, ROWS, refused, write
 
 
 def one_line(text: str) -> str:
@@ -125,3 +125,18 @@ def test_bad_input_is_one_sentence(full: Path, capsys: pytest.CaptureFixture[str
     other = open_run(full).nodes().filter(site="blocks.2.hook_resid_pre").drop_nulls("latent")["latent"][0]
     meta = str(full.parent / "organism" / "meta" / SITE)
     assert "another dictionary" in refused(capsys, "inspect", run, "--latent", f"2.resid_pre/{other}", "--meta", meta)
+
+
+def test_a_head_has_no_folder_and_no_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    options = ["--saes", "heads:0", "--steps", "2", "--sample", "4", "--out", run, "--json"]
+    main(["trace", write(tmp_path, ROWS[:2]), "--model", MODEL, *options])
+    capsys.readouterr()
+    main(["inspect", run, "--latent", "blocks.0.attn.hook_z/1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parts"] is None
+    assert found["described"]["label"] is None
+    assert any("folder of its dictionary is not there" in note for note in found["notes"])
+    assert found["by_prompt"]
+    assert found["roles"][0]["low"] is None  # two prompts bear no interval
+    assert "mediation flag" in refused(capsys, "inspect", run, "--meta-latent", "1")

@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from circuits.consensus import consensus_tables
+from circuits.evidence import latent_evidence
 from circuits.graph import TARGET, AttributionGraph
 from circuits.opened import OpenedRun, open_run
 from circuits.pruning import Keep, influence
@@ -21,6 +25,7 @@ from mediation.labels import read_labels
 from mediation.metalatents import MetaDictionary
 from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.trace import set_effect
+from tests.circuits.planted_runs import HIGH, LOW, graph_nodes, planted_run
 from tests.circuits.test_page import CHROMIUM, FLAGS, absent, sync_playwright
 from tests.conftest import META as SITE
 from tests.setups import random_dictionary
@@ -306,6 +311,37 @@ def test_what_is_not_there_is_named_in_a_sentence(run: OpenedRun, tmp_path: Path
     assert found.parts["share"].sum() == pytest.approx(1)
     assert any("was not split" in note for note in found.notes)
     AttributionGraph.load(bare.path / "graph.json")
+
+
+VALUES = st.lists(st.tuples(*[st.integers(-40, 40).map(lambda k: k / 8)] * 3), min_size=2, max_size=9)
+
+
+@settings(max_examples=12, deadline=None)
+@given(values=VALUES, shards=st.integers(1, 3))
+def test_planted_values_come_back_whatever_the_shards(
+    tmp_path_factory: pytest.TempPathFactory, values: list[tuple[float, float, float]], shards: int
+) -> None:
+    """Latent a of each prompt is worth x, over two positions, and feeds c by y and the behaviour by z."""
+    names = [f"p{k}" for k in range(len(values))]
+    nodes = {p: {"a": x, "c": 1.0} for p, (x, _, _) in zip(names, values, strict=True)}
+    edges = {p: {("a", "c"): y, ("a", "target"): z} for p, (_, y, z) in zip(names, values, strict=True)}
+    run = planted_run(tmp_path_factory.mktemp("planted") / "run", nodes, edges, shards=shards, seed=0)
+    patched = {"prompt": "p1", "site": LOW, "position": 1, "latent": 1, "role": "subject", "exact_effect": 2.0}
+    run.write_shard("calibration", "0", pl.DataFrame([patched | {"ig": 1.0, "atp": 1.0}]))
+    graph = AttributionGraph.from_tables(*consensus_tables(run, graph_nodes(["a", "c"]), estimator="ig", seed=0))
+    found = latent_evidence(run, graph, LOW, 1)
+    x, y, z = np.array(values).T
+    assert dict(found.by_prompt.select("prompt", "attribution").iter_rows()) == dict(zip(names, x, strict=True))
+    assert found.by_prompt["exact"].null_count() == len(names)  # one of two positions was patched
+    (row,) = found.roles.to_dicts()
+    assert row["attribution"] == pytest.approx(x.mean())
+    assert row["held_out"] == pytest.approx(x[1::2].mean())  # odd ids are held out
+    assert row["low"] is None  # fewer than six of them
+    outputs = dict(found.outputs.select("node", "contribution").iter_rows())
+    assert outputs == pytest.approx({f"{HIGH}/end/3": y.mean(), "target": z.mean()})
+    assert found.inputs.is_empty()
+    into = latent_evidence(run, graph, HIGH, 3).inputs
+    assert into.select("node", "contribution").rows() == [(f"{LOW}/subject/1", pytest.approx(y.mean()))]
 
 
 @pytest.mark.xfail(strict=True, reason="the page calls history.pushState('#...'), which a frame's srcdoc refuses")
