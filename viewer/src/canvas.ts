@@ -56,6 +56,7 @@ export class Canvas {
   private largest = 1;
   private focused: number | null = null;
   private timer = 0;
+  private view: [number, number, number, number] = [0, 1, 0, 1]; // left, right, bottom, top, as parts of the whole
 
   constructor(
     private readonly under: HTMLElement,
@@ -77,6 +78,7 @@ export class Canvas {
       if (!event.target) events.pick(null, false);
     });
     this.base.on("datazoom", () => {
+      this.view = this.zoomed();
       this.focus(this.focused);
       clearTimeout(this.timer);
       this.timer = window.setTimeout(() => this.base.setOption({ series: [{ id: "nodes", data: this.dots(colours()) }] }), 90);
@@ -84,6 +86,7 @@ export class Canvas {
   }
 
   draw(scene: Scene) {
+    if (this.scene?.graph !== scene.graph) this.view = [0, 1, 0, 1]; // another graph is shown whole
     this.scene = scene;
     const { graph, kept } = scene;
     this.size = strength(graph);
@@ -106,10 +109,11 @@ export class Canvas {
     const near = new Set<number>([node]);
     for (const edge of edges) near.add(graph.edges.source[edge]).add(graph.edges.target[edge]);
     const nodes = [...near].sort((a, b) => this.size[b] - this.size[a]);
+    const unit = this.unit();
     this.lens.setOption(
       {
         ...this.frame(c),
-        series: [this.links(edges, c, 0.95), this.series(nodes.map((each, k) => this.dot(each, c, k < 40 || each === node)), c)],
+        series: [this.links(edges, c, 0.95), this.series(nodes.map((each, k) => this.dot(each, c, unit, k < 40 || each === node)), c)],
       },
       true,
     );
@@ -150,12 +154,15 @@ export class Canvas {
 
   private window(): [[number, number], [number, number]] {
     const { width, height } = this.scene!.layout;
-    const zoom = (this.base.getOption() as { dataZoom?: { start: number; end: number }[] } | undefined)?.dataZoom ?? [];
-    const part = (index: number, whole: number): [number, number] => {
-      const { start = 0, end = 100 } = zoom[index] ?? {};
-      return [(start / 100) * whole, (end / 100) * whole];
-    };
-    return [part(0, width), part(1, height)];
+    const [left, right, bottom, top] = this.view;
+    return [[left * width, right * width], [bottom * height, top * height]];
+  }
+
+  /** What is in view after a zoom. Asked once: ECharts answers with a copy of everything. */
+  private zoomed(): [number, number, number, number] {
+    const { dataZoom } = this.base.getOption() as { dataZoom: { start: number; end: number }[] };
+    const [x, y] = dataZoom;
+    return [x.start / 100, x.end / 100, y.start / 100, y.end / 100];
   }
 
   /** What both drawings share: the part of the plane that is in view, and the names of its columns and rows. */
@@ -203,14 +210,15 @@ export class Canvas {
 
   private option(c: Colours): Option {
     const frame = this.frame(c) as { xAxis: Option; yAxis: Option };
+    const [left, right, bottom, top] = this.view;
     const { layout, kept } = this.scene!;
     return {
       ...frame,
       xAxis: { ...frame.xAxis, min: 0, max: layout.width },
       yAxis: { ...frame.yAxis, min: 0, max: layout.height },
       dataZoom: [
-        { type: "inside", xAxisIndex: 0, filterMode: "none", minSpan: 4 },
-        { type: "inside", yAxisIndex: 0, filterMode: "none", minSpan: 4 },
+        { type: "inside", xAxisIndex: 0, filterMode: "none", minSpan: 4, start: 100 * left, end: 100 * right },
+        { type: "inside", yAxisIndex: 0, filterMode: "none", minSpan: 4, start: 100 * bottom, end: 100 * top },
       ],
       series: [this.bands(c), this.links(kept.edges, c, 1), this.series(this.dots(c), c)],
     };
@@ -242,19 +250,23 @@ export class Canvas {
     const seen = Array.from(kept.nodes).filter((node) => inside(node) && !["error", "embedding"].includes(graph.nodes.kind[node]));
     const named = new Set(seen.sort((a, b) => this.size[b] - this.size[a]).slice(0, LABELS));
     for (const node of this.scene!.pinned) named.add(node);
-    return Array.from(kept.nodes, (node) => this.dot(node, c, named.has(node)));
+    const unit = this.unit();
+    return Array.from(kept.nodes, (node) => this.dot(node, c, unit, named.has(node)));
   }
 
-  private dot(node: number, c: Colours, named: boolean): Option {
+  /** Pixels of one unit of the layout across, as it is zoomed. */
+  private unit(): number {
+    const [[left, right]] = this.window();
+    return (this.under.clientWidth - GRID.left - GRID.right) / Math.max(right - left, 1e-9);
+  }
+
+  private dot(node: number, c: Colours, unit: number, named: boolean): Option {
     const { graph, layout, pinned, kept } = this.scene!;
     const { nodes } = graph;
     const kind = nodes.kind[node];
     const fill = kind === "target" ? c.ink : kind === "embedding" ? c.none : sign(nodes.attribution[node], c);
     const [least, most] = layout.labelled ? [7, 26] : kept.nodes.length > 600 ? [3, 13] : [4, 18];
     const diameter = kind === "target" ? most : least + (most - least) * Math.sqrt(Math.min(1, this.size[node] / this.largest));
-    const width = ((this.under.clientWidth - GRID.left - GRID.right) / layout.width) * (layout.labelled ? 0.84 : 1);
-    const [[left, right]] = this.window();
-    const zoomed = (width * layout.width) / Math.max(right - left, 1e-9);
     const value = nodes.attribution[node];
     const last = kind === "target";
     return {
@@ -270,7 +282,7 @@ export class Canvas {
       label: {
         show: named,
         ...(last ? { position: "left", fontWeight: 700 } : {}),
-        ...(layout.labelled && !last ? { width: Math.max(zoomed - diameter / 2 - 6, 24), overflow: "truncate" } : {}),
+        ...(layout.labelled && !last ? { width: Math.max(0.84 * unit - diameter / 2 - 6, 24), overflow: "truncate" } : {}),
       },
     };
   }
