@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuits.calibration import calibrate_edges, kept_sample, missed_important
 from circuits.consensus import consensus_tables
-from circuits.edges import Edges, Sources, Targets, behaviour_edges, edges, embeddings_apart, mean_embedding
+from circuits.edges import Edges, Sources, Targets, edges, embeddings_apart, mean_embedding
 from circuits.graph import AttributionGraph
 from circuits.prompt_graph import ENDS, known_source, node_ids, with_roles
 from mediation.dictionaries import Dictionary
@@ -169,10 +169,8 @@ def _batch_edges(
     chosen = [_chosen(state, batch, nodes) for state in states]
     targets = [Targets.latents(*each) for each in zip(states, gradients, chosen, strict=True)]
     between = edges(model, batch, sources, targets, semantics=settings.semantics, chunk=settings.chunk, keep=KEEP)
-    if settings.semantics is Semantics.LINEAR:
-        into = edges(model, batch, sources, [Targets.behaviour(batch)], semantics=settings.semantics)
-    else:
-        into = behaviour_edges(model, batch, sources, steps=settings.steps)
+    steps = settings.steps if settings.semantics is Semantics.GRADIENT else None
+    into = edges(model, batch, sources, [Targets.behaviour(batch)], semantics=settings.semantics, steps=steps)
     blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
     wanted = ceil(settings.sample * prepared.share(batch))
     measured = [_measured(model, batch, found, these, wanted, settings) for found, these in blocks]

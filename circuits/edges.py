@@ -26,6 +26,8 @@ Algorithm
 4. For each place, seeds e_d at (turn, row, position of d), at most `chunk` gradients of a prompt at a time, are pulled
    back to the sites in reach by one backward pass batched over turns: all turns share the activations.
 5. Contract what arrives at each site with its sources, gathering only active decoder rows.
+   With `steps`, 3 to 5 are those of every point of the path, and the gradients' mean is contracted (for circuits,
+   Hanna et al. 2024).
 6. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. One more forward, with
    all sources at their baseline, tells d's own change; the difference is the gap.
 
@@ -58,6 +60,7 @@ from circuits.graph import TARGET, NodeKind, latent_id
 from mediation.behaviours import keep_positions, score
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
+from mediation.estimators.integrated_gradients import straight_path
 from mediation.frozen import Frozen, Semantics
 from mediation.nodes import SiteState, first_free, free_positions
 from mediation.prompts import Baseline, Batch
@@ -320,20 +323,26 @@ def edges(
     semantics: Semantics = Semantics.GRADIENT,
     chunk: int = 32,
     keep: int | None = None,
+    steps: int | None = None,
     sink: Callable[[EdgeRows], None] | None = None,
 ) -> Edges:
     """In-edges of all targets from the sources that reach them directly.
 
     Sources are cut from one another; a target's own site, if it is among them, too. `chunk` is how many
     gradients of a prompt one backward carries: it sets memory and speed, not the result. `keep` leaves
-    only the strongest in-edges of each target (the totals still count them all). `sink` is given finished rows as
-    they come, to be written away where all edges are too many to hold; what is returned then has none of them, only
-    what is known of each target.
+    only the strongest in-edges of each target (the totals still count them all). `steps` averages J along the
+    straight path of all sources from baseline to clean, by so many Gauss-Legendre points: in-edges then sum to the
+    target's change, and inputs of which one would do share it. It costs as many forwards and backwards. `sink` is
+    given finished rows as they come, to be written away where all edges are too many to hold; what is returned then
+    has none of them, only what is known of each target.
     Raises MediationError for two sources at one site and for a chunk below 1.
     """
     ordered = _ordered(sources)
     if chunk < 1:
         raise MediationError(f"The chunk of gradients in one backward is {chunk}: give 1 or more.")
+    if steps is not None and semantics is Semantics.LINEAR:
+        raise MediationError("Edges of the linear semantics are the same all along the path: leave steps out.")
+    path = [(1.0, 1.0)] if steps is None else straight_path(steps)
     plan = Plan.of(ordered, targets)
     found = _Collector(ordered, targets, keep)
     begins = first_sources(ordered, batch)
@@ -344,48 +353,31 @@ def edges(
         before = prefix.take(job.rows, job.begin) if prefix is not None and job.begin else None
         local = Plan.of(ordered, [targets[place].take(some).on_rows(row) for place, some, row in job.targets], before)
         walls = [each.x[job.rows, : job.length] if index == job.wall else None for index, each in enumerate(ordered)]
-        with _attention(model, job.length), _model(model, semantics):
-            values, leaves = local.run(model, part, grad=True, held=walls)
         names = [some + found.offsets[place] for place, some, _ in job.targets]
-        found.value[torch.cat(names)] = local.read(values, part)
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
-            for some, turn in _passes(
-                local.targets[number].row, max(1, min(chunk // len(part), SEEDS // value.numel()))
-            ):
-                pulled = local.pull(number, value, leaves, some, turn, part)
-                found.add(local.targets[number].take(some), name[some], turn, job.rows, pulled, job.begin)
-                if sink is not None:
-                    found.hand_over(sink)
+        means: dict[int, dict[int, Tensor]] = {}  # of every pass, over the points of the path so far
+        with _attention(model, job.length):
+            if steps is not None:
+                values, _ = local.run(model, part, grad=False, held=walls)
+                found.value[torch.cat(names)] = local.read(values, part)
+            for number, (point, weight) in enumerate(path):
+                held = walls
+                if steps is not None:
+                    held = [torch.lerp(each.base, each.x, point)[job.rows, : job.length] for each in ordered]
+                with _model(model, semantics):
+                    values, leaves = local.run(model, part, grad=True, held=held)
+                if steps is None:
+                    found.value[torch.cat(names)] = local.read(values, part)
+                for turns, (place, some, turn, pulled) in enumerate(local.passes(values, leaves, part, chunk)):
+                    if steps is not None:
+                        mean = means.pop(turns, {})
+                        pulled = {i: mean.get(i, 0.0) + weight * gradient for i, gradient in pulled.items()}
+                    if number + 1 < len(path):
+                        means[turns] = pulled
+                        continue
+                    found.add(local.targets[place].take(some), names[place][some], turn, job.rows, pulled, job.begin)
+                    if sink is not None:
+                        found.hand_over(sink)
     return found.edges(plan.constants(model, batch, semantics))
-
-
-def behaviour_edges(
-    model: SubjectModel, batch: Batch, sources: Sequence[Sources], *, steps: int, keep: int | None = None
-) -> Edges:
-    """In-edges of every row's behaviour, from the gradient averaged along the path of all sources together.
-
-    All sites move from baseline to clean in a straight line, by Gauss-Legendre points (as the estimator `ig`
-    does at one site), so the in-edges sum to the total effect. Cost: `steps` forwards and backwards.
-    """
-    ordered = _ordered(sources)
-    targets = Targets.behaviour(batch)
-    begin = int(first_sources(ordered, batch).min())
-    every = torch.arange(len(batch), device=batch.clean.device)
-    plan = Plan.of(ordered, [targets], model.prefix(batch.clean[:, :begin]) if begin else None)
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    turn = torch.zeros_like(targets.row)
-    mean: dict[int, Tensor] = {}
-    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-        on_path = [torch.lerp(each.base, each.x, float(point)) for each in ordered]
-        with _attention(model, batch.clean.shape[1]):
-            values, leaves = plan.run(model, batch, grad=True, held=on_path)
-        for index, gradient in plan.pull(0, values[0], leaves, every, turn, batch).items():
-            mean[index] = mean.get(index, 0.0) + float(weight) * gradient
-    found = _Collector(ordered, [targets], keep)
-    found.add(targets, every, turn, every, mean, begin)
-    clean, _ = plan.run(model, batch, grad=False)
-    found.value[:] = plan.read(clean, batch)
-    return found.edges(plan.constants(model, batch, Semantics.GRADIENT))
 
 
 def _ordered(sources: Sequence[Sources]) -> list[Sources]:
@@ -505,6 +497,15 @@ class Plan:
         if targets.place is Output.LOGITS:
             return torch.searchsorted(self._kept(batch), targets.position)
         return targets.position - self.begin
+
+    def passes(
+        self, values: Sequence[Tensor], leaves: Mapping[int, Tensor], batch: Batch, chunk: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, Tensor]]]:
+        """Of every backward pass: the place, which of its targets (long [n]), their turns (long [n]), and `pull`."""
+        for number, value in enumerate(values):
+            most = max(1, min(chunk // len(batch), SEEDS // value.numel()))
+            for some, turn in _passes(self.targets[number].row, most):
+                yield number, some, turn, self.pull(number, value, leaves, some, turn, batch)
 
     def pull(
         self, number: int, value: Tensor, leaves: Mapping[int, Tensor], some: Tensor, turn: Tensor, batch: Batch

@@ -23,16 +23,7 @@ import torch
 from torch import Tensor
 
 from circuits.ablation import EMBEDDING, Nodes
-from circuits.edges import (
-    EMBEDDING_SITE,
-    REST,
-    Edges,
-    Sources,
-    Targets,
-    behaviour_edges,
-    edges,
-    embeddings_apart,
-)
+from circuits.edges import EMBEDDING_SITE, REST, Edges, Sources, Targets, edges, embeddings_apart
 from circuits.graph import embedding_id, latent_id
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.errors import MediationError
@@ -45,6 +36,8 @@ from mediation.prompts import Batch
 from mediation.sites import Stream
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of
+
+LINK_STEPS: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,10 +184,10 @@ def score_edges(
             node = table[place[state.row, state.position], state.latent]
             picked.append(Targets.latents(state, gradient, (node >= 0).nonzero()[:, 0]))
             into.append(node[node >= 0])
-        between = edges(model, batch, sources, picked, chunk=settings.chunk)
+        between = edges(model, batch, sources, picked, chunk=settings.chunk, steps=LINK_STEPS)
         _add(found, between, torch.cat(into), tables, place)
         last = torch.full((len(batch),), n, device=chosen.device)
-        _add(found, behaviour_edges(model, batch, sources, steps=settings.steps), last, tables, place)
+        _add(found, edges(model, batch, sources, [Targets.behaviour(batch)], steps=settings.steps), last, tables, place)
     for total in (found.contribution, found.errors, *([each[:n_places] for each in ends] if embedded else ())):
         total /= len(prepared.prompts)
     return found

@@ -483,9 +483,11 @@ class _Builder:
             pl.when("first").then("latent").otherwise(other).alias("latent"),
         )
         means = rows.group_by("at", "position", "latent", "meta").agg(value=pl.col("attribution").sum())
+        on = self.nodes.filter((pl.col("site") == self.meta_site) & (pl.col("clean") != 0))
+        active = set(on.select("at", "position", "latent").iter_rows())
         found: list[list[Json]] = [[] for _ in self.prompts]
         for (at, position, latent), parts in _top_parts(means, ["at", "position", "latent"]).items():
-            found[at].append({"position": position, "latent": latent, **parts})
+            found[at].append({"position": position, "latent": latent, "on": (at, position, latent) in active, **parts})
         for each in found:
             each.sort(key=lambda row: (row["latent"] == SUMMED, -abs(sum(row["value"]))))
         return found

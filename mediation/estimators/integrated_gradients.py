@@ -24,6 +24,12 @@ from mediation.sites import RESIDUAL
 from mediation.subject import SubjectModel
 
 
+def straight_path(steps: int) -> list[tuple[float, float]]:
+    """Gauss-Legendre points of [0, 1], in order, and their weights, which sum to 1."""
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return list(zip(((points + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
+
+
 def path_gradient(model: SubjectModel, batch: Batch, state: SiteState, steps: int) -> Tensor:
     """The behaviour's mean gradient along the path from baseline to clean at one site, [B, T, d].
 
@@ -34,13 +40,12 @@ def path_gradient(model: SubjectModel, batch: Batch, state: SiteState, steps: in
     prefix = model.prefix(batch.clean[:, :begin]) if begin else None
     start = site if site.stream in RESIDUAL else None
     where = state.free.unsqueeze(-1)
-    points, weights = np.polynomial.legendre.leggauss(steps)
     mean = torch.zeros_like(state.x)
-    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-        on_path = torch.where(where, torch.lerp(state.baseline_x, state.x, float(point)), state.x)[:, begin:]
+    for point, weight in straight_path(steps):
+        on_path = torch.where(where, torch.lerp(state.baseline_x, state.x, point), state.x)[:, begin:]
         edit = {site: partial(_replace, on_path)}
         _, (gradient,) = behaviour_gradient(model, batch, [site], edit, start=start, prefix=prefix)
-        mean[:, begin:] += float(weight) * gradient
+        mean[:, begin:] += weight * gradient
     return mean
 
 

@@ -101,7 +101,6 @@ def test_a_model_against_one_with_the_answers_exchanged_is_twice_itself(tmp_path
         scale = float(table["first"].abs().max())
         assert (table["second"] + table["first"]).abs().max() < 1e-3 * scale
         assert (table["difference"] - 2 * table["first"]).abs().max() < 2e-3 * scale
-    assert found.summary()["significant"]["nodes"] > 0
 
 
 def test_only_evaluation_prompts_count_and_p_is_that_of_their_values(tmp_path: Path) -> None:

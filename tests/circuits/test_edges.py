@@ -30,7 +30,6 @@ from circuits.edges import (
     _jobs,
     _passes,
     _split,
-    behaviour_edges,
     edges,
     first_sources,
     mean_embedding,
@@ -357,7 +356,7 @@ def test_gap_vanishes_quadratically_as_the_perturbation_shrinks(setting: Setting
 def test_behaviour_edges_along_the_path_sum_to_the_total_effect(tmp_path: Path, names: tuple[str, ...]) -> None:
     """Whatever sites there are: those that reach the behaviour directly carry all of it."""
     model, batch, states, sources, _ = build(tmp_path, "llama", Baseline.CORRUPT, names)
-    found = behaviour_edges(model, batch, sources, steps=48)
+    found = edges(model, batch, sources, [Targets.behaviour(batch)], steps=48)
     clean, off = total_effect(model, batch, states[0], Baseline.CORRUPT)
     assert torch.allclose(found.change, clean - off, atol=1e-4)
     assert torch.allclose(found.total, clean - off, atol=5e-3)
@@ -476,6 +475,20 @@ def test_a_prompts_targets_are_split_where_that_costs_least(ends: list[int], sta
     assert cost([[ends[each] for each in group] for group in found]) == pytest.approx(best)
 
 
+def test_in_edges_averaged_along_the_path_sum_to_the_targets_change(setting: Setting) -> None:
+    """Where the gradient at the clean prompt leaves a gap; whatever the chunk. A path of one step has its middle."""
+    model, batch, _, sources, targets = setting
+    clean = edges(model, batch, sources, targets)
+    found = edges(model, batch, sources, targets, steps=24)
+    scale = clean.change.abs().max()
+    assert clean.gap.abs().max() > 1e-2 * scale
+    assert found.gap.abs().max() < 2e-4 * scale
+    assert torch.allclose(found.value, clean.value, atol=1e-5)
+    same(by_id(edges(model, batch, sources, targets, steps=24, chunk=3)), by_id(found))
+    with pytest.raises(MediationError, match="leave steps out"):
+        edges(model, batch, sources, targets, steps=4, semantics=Semantics.LINEAR)
+
+
 def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> None:
     model, batch, _, sources, targets = setting
     full = edges(model, batch, sources, targets)
@@ -513,7 +526,7 @@ def test_positions_before_the_first_source_are_run_once_and_change_nothing(
     monkeypatch.setattr(model, "forward", lambda ids, *args, **kw: tokens.append(ids.numel()) or run(ids, *args, **kw))
 
     def found() -> tuple[dict, dict]:
-        along = behaviour_edges(model, batch, sources, steps=3)
+        along = edges(model, batch, sources, targets, steps=3)
         return by_id(edges(model, batch, sources, targets, semantics=semantics)), by_id(along)
 
     assert first_sources(sources, batch).tolist() == [9, 8, 12]

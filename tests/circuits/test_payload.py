@@ -87,6 +87,7 @@ def test_parts_sum_to_the_whole(shown: dict[str, Any], full: Path) -> None:
         for row in rows:
             if row["latent"] != SUMMED:
                 one = mine.filter((pl.col("latent") == row["latent"]) & (pl.col("position") == row["position"]))
+                assert row["on"] == bool(one["clean"][0])
                 rounding = 1e-4 * sum(map(abs, row["value"]))
                 assert sum(row["value"]) == pytest.approx(one["ig"].sum(), abs=rounding)
 

@@ -100,6 +100,7 @@ export interface Meta extends Evidence {
 export interface PromptSplit extends Parts {
   position: number;
   latent: number;
+  on: boolean; // in the clean prompt, not only at the baseline
 }
 
 export interface FactRows {

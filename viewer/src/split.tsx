@@ -91,7 +91,7 @@ export function Flow({ rows, at, site, marked, theme, onMeta, onLatent }: { rows
   rows.forEach((row) => {
     const left = `l${row.position}/${row.latent}`;
     const where = row.latent === SUMMED ? "" : ` · ${token(data.prompts.tokens[at][row.position])}`;
-    nodes.set(left, { text: row.latent === SUMMED ? "other latents" : `${short(latentName(site, row.latent))}${where}`, net: sum(row.value), row });
+    nodes.set(left, { text: row.latent === SUMMED ? "other latents" : `${short(latentName(site, row.latent))}${where}${row.on ? "" : " (off)"}`, net: sum(row.value), row });
     row.meta.forEach((meta, k) => {
       const value = row.value[k];
       if (Math.abs(value) < least) meta = OTHERS;
@@ -125,7 +125,7 @@ export function Flow({ rows, at, site, marked, theme, onMeta, onLatent }: { rows
             {
               type: "sankey", left: 4, right: Math.min(130, width * 0.16), top: 6, bottom: 6, nodeWidth: 13, nodeGap: 11, layoutIterations: 24, draggable: false, nodeAlign: "justify",
               emphasis: { focus: "adjacency" },
-              label: { color: c.ink, fontSize: 11.5, formatter: (each: { name: string }) => { const node = nodes.get(each.name)!; return `${cut(node.text, 30)}  ${signed(node.net)}`; } },
+              label: { color: c.ink, fontSize: 11.5, formatter: (each: { name: string }) => { const node = nodes.get(each.name)!; return `${cut(node.text, 36)}  ${signed(node.net)}`; } },
               data: ids.map((id) => ({ name: id, itemStyle: { color: shade(id, nodes.get(id)!.net, c), borderWidth: id === `m${marked}` ? 2.5 : 0, borderColor: c.ink }, label: id === `m${marked}` ? { fontWeight: 700 } : {} })),
               links: [...links.values()].map((link) => ({ source: link.source, target: link.target, value: link.value, lineStyle: { color: tint(link, c), opacity: link.source === `m${marked}` || link.target === `m${marked}` ? 0.62 : 0.28, curveness: 0.5 } })),
             },
@@ -133,7 +133,7 @@ export function Flow({ rows, at, site, marked, theme, onMeta, onLatent }: { rows
         })}
       />
       <p class="soft">
-        A ribbon is as wide as what its part carries; nothing is lost on the way: up {signed(up)} and down {signed(-down)} make <b>{signed(total)}</b>, what all latents of the site carry in this prompt. Numbers beside a bar are net.
+        A ribbon is as wide as what its part carries; nothing is lost on the way: up {signed(up)} and down {signed(-down)} make <b>{signed(total)}</b>, what all latents of the site carry in this prompt. Numbers beside a bar are net; a latent that is off acts by having been on at the baseline.
       </p>
     </>
   );
@@ -146,7 +146,7 @@ function gathered(rows: PromptSplit[]): PromptSplit[] {
   const small = rows.filter((row) => row.latent === SUMMED || size(row) < least);
   const parts = new Map<number, number>();
   for (const row of small) row.meta.forEach((meta, k) => parts.set(meta, (parts.get(meta) ?? 0) + row.value[k]));
-  const rest = { position: SUMMED, latent: SUMMED, meta: [...parts.keys()], value: [...parts.values()] };
+  const rest = { position: SUMMED, latent: SUMMED, on: true, meta: [...parts.keys()], value: [...parts.values()] };
   return [...rows.filter((row) => !small.includes(row)), ...(small.length ? [rest] : [])];
 }
 

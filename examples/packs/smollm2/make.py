@@ -8,8 +8,8 @@
      dictionary makes encoder and decoder alike in size first, so that both fit the format. From here on everything
      is measured on the files as they are shipped.
   4. A meta-dictionary on the rows of each, of a sixteenth as many meta-latents as there are rows and 4 codes a row
-     (the published recipe has a twentieth), in 8 bits too; and labels for latents and meta-latents, with the strongest
-     context of each. `mediation label` and `mediation train meta` make larger ones.
+     (the published recipe has a twentieth), from one start, in 8 bits too; and labels for latents and meta-latents,
+     with the strongest context of each. `mediation label` and `mediation train meta` make larger ones.
   5. Fidelity of every site on held-out text and on held-out facts, into `figures.json`.
 
     python examples/packs/smollm2/make.py --text FILE [FILE ...] --facts LRE_FOLDER PARAREL_FOLDER --work DIR --out DIR
@@ -74,7 +74,7 @@ def main() -> None:
         shrink(saes / site.name, chosen.out / site.name)
         meta = chosen.work / "meta" / site.name
         if not meta.exists():
-            trained = train_meta([chosen.out / site.name], meta, width=META_WIDTH, k=META_K)
+            trained = train_meta([chosen.out / site.name], meta, width=META_WIDTH, k=META_K, restarts=1)
             print(f"meta-dictionary of {site}: {trained}", flush=True)
         shrink(meta, chosen.out / "meta" / site.name)
     label(model, chosen.text, chosen.out)
