@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hypothesis
 import numpy as np
 import polars as pl
 import pytest
@@ -132,6 +133,7 @@ frames = st.lists(
 )
 
 
+@hypothesis.settings(deadline=None)  # it writes files, and a disk may be slow
 @example(
     shards={
         "a.b": pl.DataFrame({"node": ["y"], "effect": [2.0], "position": [2]}),
