@@ -226,7 +226,7 @@ def _compiled_part(found: dict[str, Any]) -> str:
         "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change",
         "more than the circuit. Of the first nodes or edges, as many as are true, the share that is true, which is",
         f"precision and recall; mean over seeds 0 to {seeds - 1}. An *or* gate is min(a + b, 1): where both inputs are",
-        "on, the gradient at the clean prompt, which edges are made of, is zero.\n",
+        "on, the gradient at the clean prompt is zero; edges averaged along the path to the baseline see both.\n",
     ]
     for kind in Kind:
         names = list(found["sum"][kind.value])

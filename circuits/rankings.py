@@ -3,7 +3,8 @@
 1. Nodes: every (site, place, latent) that changes on some prompt, with its mean attribution over the prompts (by the
    estimator at hand) and its mean activation, |f - f'|. The circuit takes them by |attribution|.
 2. Edges run between candidates: the strongest nodes of each site by |attribution|, the token embeddings and the
-   behaviour. Each has its mean contribution over the prompts (circuits.edges).
+   behaviour. Each has its mean contribution over the prompts, averaged along the path to the baseline (circuits.edges):
+   where either of two inputs would do, neither has a gradient at the clean prompt.
 3. A circuit of edges takes whole paths: an edge counts what the strongest path through it carries, from an embedding
    (or an error node, where these are kept) to the behaviour. What a node carries is divided over its in-edges by their
    shares of |contribution|, as in circuits.graph; the best ways in and out of every node are found in execution order.
@@ -37,7 +38,7 @@ from mediation.sites import Stream
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of
 
-LINK_STEPS: int | None = None
+LINK_STEPS = 3  # points of the path over which edges are averaged; with the clean prompt alone half of an or's are lost
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ D_SAE, K, TOKENS, BATCH, WINDOW, SEED = 8192, 48, 10_000_000, 2048, 128, 0
 SHARES = {"text": 0.68, "facts": 0.18, "chat": 0.12, "samples": 0.02}
 HELD_OUT_SHARE = 0.02
 META_WIDTH, META_K = D_SAE // 16, 4
-FIDELITY_WINDOWS, LABEL_TOKENS = 256, 500_000
+FIDELITY_WINDOWS, LABEL_TOKENS = 64, 100_000
 SAMPLED = 64  # texts sampled from the model at a time
 
 
@@ -117,7 +117,7 @@ def shrink(source: Path, folder: Path) -> None:
 
 
 def label(model: SubjectModel, texts: list[Path], pack: Path) -> None:
-    """Step 4, for all sites in one pass over half a million tokens."""
+    """Step 4, for all sites in one pass over a hundred thousand tokens."""
     readers = [
         Reader(Dictionary.load(pack / site.name), MetaDictionary.load(pack / "meta" / site.name)) for site in SITES
     ]
