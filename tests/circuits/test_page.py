@@ -413,6 +413,15 @@ def large_graph(shown: dict[str, Any], nodes: int = 2_000, edges: int = 20_000) 
     return shown | {"graph": graph, "sites": sites_, "latents": [], "metas": None, "facts": None}
 
 
+def slowness(page: Page) -> float:
+    """How many times slower this machine is now than one at rest, by a loop that takes such a one .15 s."""
+    loop = (
+        "() => { const t = performance.now(); let s = 1; for (let k = 0; k < 1e8; k++) s = Math.imul(s, 1664525) + k;"
+    )
+    taken = [page.evaluate(loop + " return s === 7 ? 0 : performance.now() - t; }") for _ in range(3)]
+    return max(1.0, max(taken) / 150)
+
+
 TIMED = """async () => {
   const box = document.querySelector('.layer'), r = box.getBoundingClientRect();
   const found = {hover: [], slider: []};
@@ -440,7 +449,7 @@ TIMED = """async () => {
 def test_two_thousand_nodes_and_twenty_thousand_edges(
     full: Path, tmp_path: Path, opened: Callable[..., Opened]
 ) -> None:
-    """Bounds are those of a slow and busy machine without a graphics card."""
+    """Without a graphics card; bounds are for a machine at rest, and grow as this one is slower."""
     shown = payload(Run.open(full), AttributionGraph.load(full / "graph.json"), prompts_file="prompts.jsonl")
     tab = opened(written(tmp_path, large_graph(shown)))
     page = tab.open(view="graph", keep=1, links=1)
@@ -450,9 +459,10 @@ def test_two_thousand_nodes_and_twenty_thousand_edges(
     times = page.evaluate(TIMED)
     hover, slider = (sorted(times[name])[len(times[name]) // 2] for name in ("hover", "slider"))
     print(f"first paint {painted:.0f} ms, hover {hover:.0f} ms, slider {slider:.0f} ms (medians)")
-    assert painted < 10_000
-    assert hover < 1_000
-    assert slider < 3_000
+    slow = slowness(page)
+    assert painted < 4_000 * slow
+    assert hover < 200 * slow
+    assert slider < 1_000 * slow
 
 
 def test_two_hundred_prompts_of_a_real_models_size(tmp_path: Path, opened: Callable[..., Opened]) -> None:
@@ -465,7 +475,7 @@ def test_two_hundred_prompts_of_a_real_models_size(tmp_path: Path, opened: Calla
     page = tab.open(view="prompts")
     opening = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     print(f"{size:.1f} MB, first paint {opening:.0f} ms")
-    assert opening < 15_000  # under 3 s on a quiet machine
+    assert opening < 3_000 * slowness(page)
     assert "200 prompts of 200" in tab.text
     tab.open(view="graph", mode="prompt", prompt=199)
     assert "latents' influence" in tab.text

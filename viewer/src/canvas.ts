@@ -7,9 +7,9 @@ import type { Graph } from "./model";
 import type { Kept } from "./prune";
 import { signed } from "./text";
 
-const GRID = { left: 134, right: 22, top: 16, bottom: 46 };
+export const GRID = { left: 134, right: 22, top: 16, bottom: 46 };
 const WIDTHS = [0.5, 0.9, 1.5, 2.6, 4.4]; // of an edge, by size
-const LABELS = 140; // names drawn at once; zooming in shows those of what is left in view
+const LABELS = { roomy: 140, close: 40 }; // names drawn at once; zooming in shows those of what is left in view
 const DIM = "0.28"; // of all else while a node is pointed at
 
 export interface Scene {
@@ -192,7 +192,7 @@ export class Canvas {
         min: x[0],
         max: x[1],
         axisLabel: {
-          ...text, ...named(layout.columns, (k) => layout.columns[k].title), hideOverlap: false, fontWeight: 600,
+          ...text, ...named(layout.columns, (k) => layout.columns[k].title), hideOverlap: true, fontWeight: 600,
           ...(narrow < 34 ? { rotate: 38 } : { width: Math.max(narrow, 60), overflow: "truncate" }),
         },
       },
@@ -248,7 +248,7 @@ export class Canvas {
       layout.x[node] >= left && layout.x[node] <= right && layout.y[node] >= bottom && layout.y[node] <= top;
     // Columns are named after tokens, and the shape says what an error is.
     const seen = Array.from(kept.nodes).filter((node) => inside(node) && !["error", "embedding"].includes(graph.nodes.kind[node]));
-    const named = new Set(seen.sort((a, b) => this.size[b] - this.size[a]).slice(0, LABELS));
+    const named = new Set(seen.sort((a, b) => this.size[b] - this.size[a]).slice(0, layout.labelled ? LABELS.roomy : LABELS.close));
     for (const node of this.scene!.pinned) named.add(node);
     const unit = this.unit();
     return Array.from(kept.nodes, (node) => this.dot(node, c, unit, named.has(node)));

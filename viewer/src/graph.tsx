@@ -1,6 +1,6 @@
 // The graph: tokens or roles across, sites upward.
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
-import { Canvas, strength } from "./canvas";
+import { Canvas, GRID, strength } from "./canvas";
 import { data, dossierOf, promptText } from "./data";
 import { current } from "./download";
 import { layOut } from "./layout";
@@ -80,8 +80,9 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
     }),
     [graph, state.keep, state.links, state.tier, pinned],
   );
-  const layout = useMemo(() => layOut(graph, kept.nodes), [graph, kept]);
   const under = useRef<HTMLDivElement>(null);
+  const [room, setRoom] = useState(900);
+  const layout = useMemo(() => layOut(graph, kept.nodes, room), [graph, kept, room]);
   const over = useRef<HTMLDivElement>(null);
   const canvas = useRef<Canvas | null>(null);
   const [pointed, setPointed] = useState<number | null>(null);
@@ -95,7 +96,7 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
     else go({ node: graph.key[node] === state.node ? "" : graph.key[node] });
   };
   events.current.open = (node) => openNode(graph, node, go);
-  const height = Math.min(Math.max(330, layout.labelled ? 32 * layout.height + 80 : 620), 900);
+  const height = Math.min(Math.max(330, layout.labelled ? 32 * layout.height + 80 : kept.nodes.length > 400 ? 620 : 460), 900);
 
   useLayoutEffect(() => {
     const made = (canvas.current = new Canvas(under.current!, over.current!, {
@@ -103,7 +104,10 @@ function Drawn({ state, go, plainGraph }: { state: State; go: Go; plainGraph: Gr
       pick: (node, shift) => events.current.pick(node, shift),
       open: (node) => events.current.open(node),
     }));
-    const watch = new ResizeObserver(() => made.resize());
+    const watch = new ResizeObserver(() => {
+      made.resize();
+      setRoom(under.current!.clientWidth - GRID.left - GRID.right);
+    });
     watch.observe(under.current!);
     return () => {
       watch.disconnect();

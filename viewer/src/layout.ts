@@ -18,13 +18,20 @@ export interface Layout {
   labelled: boolean; // cells are wide enough for names
 }
 
-export const NAMED = 170; // nodes that are all laid out with room for a name
+const NAMED = 170; // nodes, at most, that are laid out with room for their names
+const SLOT = 56; // pixels that a node needs with its name
 const STACK = 6; // nodes above each other before a named cell widens
 const BARE = 0.5; // width of a column without latents, whose nodes need no name
+const EMPTY = 0.3; // of one without nodes
 const LANE = { named: 1.6, dense: 2.5 }; // between rows, for the edges
 
-export function layOut(graph: Graph, nodes: Int32Array): Layout {
-  const labelled = nodes.length <= NAMED;
+/** Nodes with room for their names, if that is to be had on a drawing `room` pixels wide; else close together. */
+export function layOut(graph: Graph, nodes: Int32Array, room: number): Layout {
+  const named = nodes.length <= NAMED ? arrange(graph, nodes, true) : null;
+  return named && room / named.width >= SLOT ? named : arrange(graph, nodes, false);
+}
+
+function arrange(graph: Graph, nodes: Int32Array, labelled: boolean): Layout {
   const column = new Map(graph.columns.map((each, k) => [each.key, k]));
   const cells = new Map<string, number[]>();
   for (const node of nodes) {
@@ -48,7 +55,7 @@ export function layOut(graph: Graph, nodes: Int32Array): Layout {
     high[up] = Math.max(high[up], Math.ceil(here.length / Math.max(wide[at], 1)));
   }
   const lane = labelled ? LANE.named : LANE.dense;
-  const columns = bands(graph.columns.map((each) => each.title), wide.map((size, k) => (named[k] || size > 1 ? size : BARE)), labelled ? 0.12 : 0.8);
+  const columns = bands(graph.columns.map((each) => each.title), wide.map((size, k) => (named[k] || size > 1 ? size : size ? BARE : EMPTY)), labelled ? 0.12 : 0.8);
   const rows = bands(graph.rows, high, lane);
   const [x, y] = [new Float64Array(graph.key.length), new Float64Array(graph.key.length)];
   for (const [cell, here] of cells) {
@@ -57,7 +64,6 @@ export function layOut(graph: Graph, nodes: Int32Array): Layout {
     here.forEach((node, k) => {
       x[node] = columns[at].start + (k % n) + (labelled ? 0.14 : 0.5);
       const levels = Math.ceil(here.length / n);
-      // Every other node of a level stands a little lower, so that an edge to one does not run along the level.
       y[node] = rows[up].start + (rows[up].size + levels) / 2 - Math.floor(k / n) - 0.5;
     });
   }
@@ -72,12 +78,12 @@ export function layOut(graph: Graph, nodes: Int32Array): Layout {
   return { x, y, columns, rows, width, height: last.start + last.size, labelled };
 }
 
-/** Bands of the given sizes with a gap between them; a band of no size, a row without nodes, takes no room. */
+/** Bands of the given sizes, with a gap after each that has nodes. */
 function bands(titles: string[], sizes: number[], gap: number): Band[] {
   let start = 0;
   return titles.map((title, k) => {
     const band = { title, start, size: sizes[k] };
-    start += sizes[k] > 0 ? sizes[k] + gap : 0;
+    start += sizes[k] > EMPTY ? sizes[k] + gap : sizes[k];
     return band;
   });
 }

@@ -5,7 +5,7 @@ export function signed(value: number | null | undefined): string {
   if (value == null || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   const digits = size >= 100 ? size.toFixed(0) : size === 0 ? "0" : size < 0.001 ? size.toExponential(1) : size.toPrecision(3);
-  return (value < 0 ? "−" : "+") + digits;
+  return (value < 0 ? "−" : value > 0 ? "+" : "") + digits;
 }
 
 export function plain(value: number | null | undefined, digits = 3): string {
