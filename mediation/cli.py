@@ -83,12 +83,16 @@ def trace(
 
 @app.command(
     epilog="Examples: mediation inspect runs/capitals; mediation inspect runs/capitals --prompt france; "
-    "mediation inspect --dictionary packs/layer-15"
+    "mediation inspect runs/capitals --latent 15.resid_pre/273; mediation inspect --dictionary packs/layer-15"
 )
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
     prompt: Annotated[str | None, typer.Option(help="Id of one prompt of the run, for its own graph.")] = None,
+    latent: Annotated[str | None, typer.Option(help="SITE/ID of one latent, for everything known of it.")] = None,
+    meta_latent: Annotated[
+        int | None, typer.Option(min=0, help="ID of one meta-latent, for everything known of it; run must be flagged.")
+    ] = None,
     nodes: Annotated[float, typer.Option(help="Share of the latents' influence that page and exports keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the edges' influence that page and exports keep.")] = 0.98,
     top: Annotated[int | None, typer.Option(help="At most so many latents in page and exports.")] = None,
@@ -96,7 +100,7 @@ def inspect(
         str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
     ] = None,
     export: Annotated[
-        list[str] | None, typer.Option(help="graphml, dot, parquet or neuronpedia; repeat. Default: graphml.")
+        list[str] | None, typer.Option(help="graphml, dot, parquet, csv or neuronpedia; repeat. Default: graphml.")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another run, for what this one does differently.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine, all prompts in it.")] = False,
@@ -117,16 +121,28 @@ def inspect(
 
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
+    views = {"--prompt": prompt, "--latent": latent, "--meta-latent": meta_latent}
+    asked = [name for name, value in views.items() if value is not None]
+    if len(asked) > 1:
+        raise MediationError(f"{asked[0]} and {asked[1]} are two views of a run; give one at a time.")
+    if run is not None and meta is not None and group != "meta" and latent is None:
+        raise MediationError("A meta-SAE takes a run's latents apart; give --latent or --group meta with --meta.")
+    if run is not None and (latent is not None or meta_latent is not None):
+        if top is not None or group or export or against or serve:
+            raise MediationError(f"Pruning, groups, exports and pages are of a graph; give them without {asked[0]}.")
+        if latent is not None:
+            _finish(commands.latent_command(run, latent, meta, quiet=as_json), as_json)
+        elif meta_latent is not None:
+            _finish(commands.meta_latent_command(run, meta_latent, quiet=as_json), as_json)
+        return
     if run is not None:
-        if meta is not None and group != "meta":
-            raise MediationError("A meta-SAE is used to group a run's latents; give --group meta with --meta.")
         view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [], against)
         _finish(commands.inspect_command(run, paths, prompt, view, quiet=as_json), as_json)
         if serve:
             commands.serve_command(run, view, port)
         return
-    if prompt is not None:
-        raise MediationError("A prompt belongs to a run; give the run's folder with --prompt.")
+    if asked:
+        raise MediationError(f"Prompts and latents are those of a run; give the run's folder with {asked[0]}.")
     if top is not None or group or export or against or serve:
         raise MediationError("Pruning, groups and exports are of a run's graph; give a run's folder for them.")
     if model is None and (text or spelling):

@@ -27,6 +27,7 @@ from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
 from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
+from circuits.opened import open_run
 from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.proof import Kind, ProofSettings, proof_seconds, prove
 from circuits.pruning import Keep, prune
@@ -52,7 +53,7 @@ from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, meta_made_from, text_quality, with_published
-from mediation.runs import Run, peak_memory_mb, write_frame
+from mediation.runs import PROMPTS_FILE, Run, peak_memory_mb, write_frame
 from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
@@ -68,7 +69,6 @@ from mediation.trace import (
 
 Choice = TypeVar("Choice", bound=StrEnum)
 UNITS: dict[str, type[Heads] | type[Neurons]] = {"heads": Heads, "neurons": Neurons}  # nodes without a dictionary
-PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,25 @@ def inspect_command(
         "page": str(page),
         "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def latent_command(path: Path, named: str, meta: Path | None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --latent`: everything known of one latent, named SITE/ID."""
+    site, _, latent = named.rpartition("/")
+    if not site or not latent.isdecimal():
+        raise MediationError(f"--latent is '{named}'; give SITE/ID, such as blocks.1.hook_resid_pre/17.")
+    found = open_run(path).latent(site, int(latent), meta=meta)
+    if not quiet:
+        report.latent(found)
+    return {"run": str(path), **found.to_dict()}
+
+
+def meta_latent_command(path: Path, meta: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --meta-latent`: everything known of one meta-latent of the run's split."""
+    found = open_run(path).meta_latent(meta)
+    if not quiet:
+        report.meta_latent(found)
+    return {"run": str(path), **found.to_dict()}
 
 
 def _page(

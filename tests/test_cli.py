@@ -278,7 +278,7 @@ def test_inspect_refuses_what_it_cannot_show(
 ) -> None:
     run = str(demo[1])
     assert "meta, edges" in refused(capsys, "inspect", run, "--group", "names")
-    assert "graphml, dot, parquet, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
+    assert "graphml, dot, parquet, csv, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
     assert "at most 1" in refused(capsys, "inspect", run, "--nodes", "80")
     assert "1 or more" in refused(capsys, "inspect", run, "--top", "0")
     assert "--group meta" in refused(capsys, "inspect", run, "--meta", MODEL)
