@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from mediation.sites import Site
 from mediation.subject import SubjectModel
 
 CHUNK = 64  # sequences in a forward
+STEPS = 4  # of path gradients
 
 
 class Asked:
@@ -51,9 +53,7 @@ class Asked:
     def logits(self, rows: Tensor, x: Tensor) -> Tensor:
         """Logits [k, vocab] of the answer for prompts `rows` [k] with `x` [k, d] at the entity's position."""
         with torch.no_grad():
-            return torch.cat(
-                [self._run(*part)[0] for part in zip(rows.split(CHUNK), x.split(CHUNK), strict=True)]
-            )
+            return torch.cat([self._run(*part)[0] for part in zip(rows.split(CHUNK), x.split(CHUNK), strict=True)])
 
     def margin(self, rows: Tensor, x: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         """logit[right] - logit[wrong], [k]; right and wrong are tokens [k], the rest as in `logits`."""
@@ -70,14 +70,14 @@ class Asked:
             found.append(gradient[:, self.position])
         return torch.cat(found)
 
-    def path_gradient(self, rows: Tensor, start: Tensor, end: Tensor, right: Tensor, wrong: Tensor, steps: int) -> Tensor:
-        """Mean gradient [k, d] of the margin along the straight path between two vectors [k, d]; midpoint rule."""
+    def path_gradient(self, rows: Tensor, start: Tensor, end: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+        """Mean gradient [k, d] of the margin on the straight path between two vectors [k, d]; midpoints of STEPS."""
         weights = torch.tensor([1.0, -1.0], device=start.device).expand(len(rows), 2)
         tokens = torch.stack([right, wrong], dim=1)
         total = torch.zeros_like(start)
-        for step in range(steps):
-            x = start + (step + 0.5) / steps * (end - start)
-            total += self.gradient(rows, x, weights, tokens) / steps
+        for step in range(STEPS):
+            x = start + (step + 0.5) / STEPS * (end - start)
+            total += self.gradient(rows, x, weights, tokens) / STEPS
         return total
 
     def _run(self, rows: Tensor, x: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -134,6 +134,13 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def only(self, rows: Tensor) -> Pairs:
+        """These pairs; `rows` are indices or a mask."""
+        right, wrong, asked = (
+            {q: each[rows] for q, each in group.items()} for group in (self.right, self.wrong, self.asked)
+        )
+        return Pairs(self.clean[rows], self.other[rows], right, wrong, asked)
+
 
 def draw_pairs(answers: Mapping[str, Tensor], knows: Mapping[str, Tensor], n: int, seed: int) -> Pairs:
     """At most `n` ordered pairs, each with two questions to ask at least, entities used about equally often.
@@ -146,7 +153,7 @@ def draw_pairs(answers: Mapping[str, Tensor], knows: Mapping[str, Tensor], n: in
     for _ in range(4 * n):  # rounds of a random cycle through all entities
         order = list(range(size))
         rng.shuffle(order)
-        for pair in zip(order, order[1:], strict=False):
+        for pair in pairwise(order):
             if len(chosen) < n and sum(_askable(pair, answers[q], knows[q]) for q in answers) >= 2:
                 chosen[pair] = None
         if len(chosen) == n:
@@ -161,6 +168,71 @@ def draw_pairs(answers: Mapping[str, Tensor], knows: Mapping[str, Tensor], n: in
         {q: tokens[other] for q, tokens in answers.items()},
         {q: knows[q][clean] & knows[q][other] & (answers[q][clean] != answers[q][other]) for q in answers},
     )
+
+
+@dataclass
+class Asking:
+    """One wording of every question, asked of the same entities at one site; pairs of them, and the pairs' gradients.
+
+    answers and knows by question: first tokens [entities] and whether the model knows them; gradients and totals by
+    question: path gradients [n, d] and total effects [n] of the pairs, NaN where the question is not asked.
+    """
+
+    by_question: dict[str, Asked]
+    answers: dict[str, Tensor]
+    knows: dict[str, Tensor]
+    pairs: Pairs
+    gradients: dict[str, Tensor]
+    totals: dict[str, Tensor]
+
+    def x(self, question: str) -> Tensor:
+        """Residuals of all entities at their token, [entities, d]; the same for all questions with the entity first."""
+        return self.by_question[question].x
+
+
+def ask(
+    model: SubjectModel, site: Site, wordings: Mapping[str, str], entities: Entities, *, n_pairs: int, seed: int
+) -> Asking:
+    """Ask every question in one wording; `n_pairs` at most are drawn among what the model knows."""
+    by_question = {q: Asked(model, site, wording, entities.names) for q, wording in wordings.items()}
+    answers = {q: torch.tensor(answer_tokens(model, wordings[q], entities, q)) for q in wordings}
+    knows = {q: known(by_question[q], answers[q]) for q in wordings}
+    return _asking(by_question, answers, knows, draw_pairs(answers, knows, n_pairs, seed))
+
+
+def reask(asking: Asking, question: str, wording: str, entities: Entities) -> Asking:
+    """One question about the same pairs in other words, as far as the model knows the answers then."""
+    before = asking.by_question[question]
+    asked = Asked(before.model, before.site, wording, entities.names)
+    answers = torch.tensor(answer_tokens(before.model, wording, entities, question))
+    knows = known(asked, answers)
+    clean, other = asking.pairs.clean, asking.pairs.other
+    right, wrong = answers[clean], answers[other]
+    where = asking.pairs.asked[question] & knows[clean] & knows[other] & (right != wrong)
+    pairs = Pairs(clean, other, {question: right}, {question: wrong}, {question: where})
+    return _asking({question: asked}, {question: answers}, {question: knows}, pairs)
+
+
+def _asking(
+    by_question: dict[str, Asked], answers: dict[str, Tensor], knows: dict[str, Tensor], pairs: Pairs
+) -> Asking:
+    gradients, totals = {}, {}
+    for q, asked in by_question.items():
+        here = pairs.only(pairs.asked[q])
+        own, other = asked.x[here.clean], asked.x[here.other]
+        right, wrong = here.right[q], here.wrong[q]
+        found = asked.path_gradient(here.clean, other, own, right, wrong)
+        total = asked.margin(here.clean, own, right, wrong) - asked.margin(here.other, other, right, wrong)
+        gradients[q] = spread(found, pairs.asked[q])
+        totals[q] = spread(total, pairs.asked[q])
+    return Asking(by_question, answers, knows, pairs, gradients, totals)
+
+
+def spread(values: Tensor, where: Tensor) -> Tensor:
+    """`values` [k, ...] at the k places that `where` [n] marks, NaN elsewhere: [n, ...]."""
+    found = values.new_full((len(where), *values.shape[1:]), torch.nan)
+    found[where] = values
+    return found
 
 
 def _askable(pair: tuple[int, int], answers: Tensor, knows: Tensor) -> bool:

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from mediation.dictionaries import Dictionary
 from mediation.metalatents import Decomposition
-from mediation.realfacts.asking import Asked, Pairs
-
-PATCHES = 4096  # vectors held at a time
+from mediation.realfacts.asking import Asked, Pairs, spread
 
 
 @dataclass
@@ -56,7 +54,7 @@ def latent_parts(dictionary: Dictionary, x: Tensor, other: Tensor) -> PairParts:
 
 
 def meta_parts(latents: PairParts, decomposition: Decomposition) -> PairParts:
-    """Step 1 for the rows of the latents of `latent_parts`; a row that is its own direction may not be used for itself."""
+    """Step 1 for the latents of `latent_parts`; a row that is one of the directions is not used for itself."""
     used = latents.coefficient.any(0).nonzero()[:, 0]
     delta = latents.coefficient[:, used]
     parts = decomposition.decompose(latents.directions[used], used)
@@ -72,24 +70,18 @@ def meta_parts(latents: PairParts, decomposition: Decomposition) -> PairParts:
 
 
 def effects(asked: Asked, pairs: Pairs, question: str, patches: Tensor) -> Tensor:
-    """Step 2: margin lost when patches [n, k, d] are taken out of the clean entities, [n, k]."""
+    """Step 2: margin lost when patches [n, k, d] are taken out of the clean entities, [n, k]; NaN for pairs that the
+    question is not asked of.
+    """
+    where = pairs.asked[question]
+    here, patches = pairs.only(where), patches[where]
     n, k, _ = patches.shape
-    right, wrong = pairs.right[question], pairs.wrong[question]
-    x = asked.x[pairs.clean]
-    clean = asked.margin(pairs.clean, x, right, wrong)
-    found = []
-    for part in torch.arange(n * k).split(PATCHES):
-        pair = part // k
-        patched = x[pair] - patches.flatten(0, 1)[part]
-        found.append(asked.margin(pairs.clean[pair], patched, right[pair], wrong[pair]))
-    return clean[:, None] - torch.cat(found).view(n, k)
-
-
-def total_effects(asked: Asked, pairs: Pairs, question: str) -> Tensor:
-    """margin on the clean entity's own prompt less that on the other's, [n]."""
-    right, wrong = pairs.right[question], pairs.wrong[question]
-    own, others = (asked.margin(rows, asked.x[rows], right, wrong) for rows in (pairs.clean, pairs.other))
-    return own - others
+    right, wrong = here.right[question], here.wrong[question]
+    x = asked.x[here.clean]
+    clean = asked.margin(here.clean, x, right, wrong)
+    pair = torch.arange(n, device=x.device).repeat_interleave(k)
+    patched = asked.margin(here.clean[pair], x[pair] - patches.flatten(0, 1), right[pair], wrong[pair])
+    return spread(clean[:, None] - patched.view(n, k), where)
 
 
 def screen(split: PairParts, gradient: Tensor) -> Tensor:
@@ -97,10 +89,10 @@ def screen(split: PairParts, gradient: Tensor) -> Tensor:
     return split.coefficient * (gradient @ split.directions.T)
 
 
-def strongest(screens: Mapping[str, Tensor], totals: Mapping[str, Tensor], asked: Mapping[str, Tensor], k: int) -> Tensor:
-    """Step 3: the k parts of each pair that matter most to its questions, relative to their total effects, [n, k]."""
-    size = sum(
-        torch.where(asked[q], 1 / totals[q].abs().clamp_min(1e-6), 0.0)[:, None] * screens[q].abs() for q in screens
-    )
-    assert isinstance(size, Tensor)
+def strongest(screens: Mapping[str, Tensor], totals: Mapping[str, Tensor], k: int) -> Tensor:
+    """Step 3: the k parts of each pair that matter most to its questions, relative to their total effects, [n, k].
+
+    screens [n, m] and totals [n] by question, NaN where it is not asked.
+    """
+    size = torch.stack([screens[q].abs() / totals[q].abs()[:, None] for q in screens]).nansum(0)
     return size.topk(min(k, size.shape[1]), dim=1).indices

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mediation.errors import MediationError
-from mediation.metalatents import Decomposition, MatchingPursuit
+from mediation.metalatents import MatchingPursuit
 from mediation.realfacts.asking import Asked, Pairs, answer_tokens, draw_pairs, known
 from mediation.realfacts.parts import effects, latent_parts, meta_parts, screen, strongest, total_effects
 from mediation.realfacts.questions import (
@@ -123,7 +123,7 @@ def test_in_a_linear_model_effects_add_up_and_the_screen_is_exact(tmp_path: Path
     asked, pairs = Asked(model, SITE, "w1 {} w2 w3", NAMES), pairs_of()
     split = latent_parts(dictionary, asked.x[pairs.clean], asked.x[pairs.other])
     gradient = asked.path_gradient(
-        pairs.clean, asked.x[pairs.other], asked.x[pairs.clean], pairs.right["q"], pairs.wrong["q"], 2
+        pairs.clean, asked.x[pairs.other], asked.x[pairs.clean], pairs.right["q"], pairs.wrong["q"]
     )
     first_order = screen(split, gradient)
     every = torch.arange(split.coefficient.shape[1]).expand(len(pairs), -1)
@@ -137,10 +137,9 @@ def test_in_a_linear_model_effects_add_up_and_the_screen_is_exact(tmp_path: Path
 def test_strongest_weighs_every_question_alike() -> None:
     screens = {"q": torch.tensor([[10.0, 0.0, 1.0]]), "r": torch.tensor([[0.0, 0.2, 0.01]])}
     totals = {"q": torch.tensor([-20.0]), "r": torch.tensor([0.2])}
-    both = {"q": torch.tensor([True]), "r": torch.tensor([True])}
-    assert set(strongest(screens, totals, both, 2)[0].tolist()) == {0, 1}
-    only_q = both | {"r": torch.tensor([False])}
-    assert set(strongest(screens, totals, only_q, 2)[0].tolist()) == {0, 2}
+    assert set(strongest(screens, totals, 2)[0].tolist()) == {0, 1}
+    nothing = {"r": torch.full((1, 3), torch.nan)}
+    assert set(strongest(screens | nothing, totals | {"r": torch.tensor([torch.nan])}, 2)[0].tolist()) == {0, 2}
 
 
 def test_pairs_ask_only_what_is_known_and_differs() -> None:
