@@ -269,6 +269,30 @@ def bench_meta(
     _finish(commands.bench_meta_command(quick=quick, quiet=as_json), as_json)
 
 
+@bench.command(name="facts", epilog="Example: mediation bench facts --model smollm2 --saes packs/smollm2 --json")
+def bench_facts(
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of them, or RELEASE:SAE_ID; repeat.")],
+    meta: Annotated[
+        list[Path] | None, typer.Option(help="Meta-SAE folder, or folder of them; without one it is trained.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="MEDIATION_DATA", help="Folder with pararel/, for more wordings.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of held-out countries.")] = 48,
+    width: Annotated[int, typer.Option(min=2, help="Meta-latents of the readings.")] = 150,
+    way: Annotated[list[str] | None, typer.Option(help="Only these ways to take latents apart; repeat.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which part of a country's latents answers which question about it? On held-out countries, by intervention."""
+    from mediation import commands
+
+    source = commands.Source(model, tuple(saes), "countries")
+    chosen = {"pairs": pairs, "width": width, "only": tuple(way) if way else None, "seed": seed}
+    _finish(commands.bench_facts_command(source, meta or [], data, chosen, quiet=as_json), as_json)
+
+
 @train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")
 def train_meta(
     dictionaries: Annotated[list[Path], typer.Argument(help="SAE folders, or a folder of them; several are pooled.")],

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,18 +53,18 @@ class Asked:
     def logits(self, rows: Tensor, x: Tensor) -> Tensor:
         """Logits [k, vocab] of the answer for prompts `rows` [k] with `x` [k, d] at the entity's position."""
         with torch.no_grad():
-            return torch.cat([self._run(*part)[0] for part in zip(rows.split(CHUNK), x.split(CHUNK), strict=True)])
+            return torch.cat([self._run(r, v)[0] for r, v in _chunks(rows, x)])
 
     def margin(self, rows: Tensor, x: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         """logit[right] - logit[wrong], [k]; right and wrong are tokens [k], the rest as in `logits`."""
         with torch.no_grad():
-            chunks = zip(*(each.split(CHUNK) for each in (rows, x, right, wrong)), strict=True)
-            return torch.cat([_difference(self._run(r, v)[0], a, b) for r, v, a, b in chunks])
+            found = [_difference(self._run(r, v)[0], a, b) for r, v, a, b in _chunks(rows, x, right, wrong)]
+            return torch.cat([x.new_zeros(0), *found])
 
     def gradient(self, rows: Tensor, x: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
         """Gradient [k, d], with respect to `x`, of the sum of logits of `tokens` [k, m] times `weights` [k, m]."""
-        found = []
-        for r, v, w, t in zip(*(each.split(CHUNK) for each in (rows, x, weights, tokens)), strict=True):
+        found = [x.new_zeros(0, x.shape[1])]
+        for r, v, w, t in _chunks(rows, x, weights, tokens):
             logits, residual = self._run(r, v, grad=True)
             (gradient,) = torch.autograd.grad((logits.gather(1, t) * w).sum(), [residual])
             found.append(gradient[:, self.position])
@@ -93,6 +93,12 @@ class Asked:
         )
         assert forward.logits is not None
         return forward.logits[:, 0], forward.sites[self.site] if grad else residual
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors CHUNK rows at a time; nothing of tensors without rows."""
+    if len(tensors[0]):
+        yield from zip(*(each.split(CHUNK) for each in tensors), strict=True)
 
 
 def _difference(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
@@ -143,21 +149,20 @@ class Pairs:
 
 
 def draw_pairs(answers: Mapping[str, Tensor], knows: Mapping[str, Tensor], n: int, seed: int) -> Pairs:
-    """At most `n` ordered pairs, each with two questions to ask at least, entities used about equally often.
+    """At most `n` ordered pairs, each with two questions to ask at least, up to half of them with three.
 
     answers: by question, first tokens [entities]; knows: by question, [entities].
     """
     (size,) = {len(each) for each in answers.values()}
     rng = random.Random(seed)
     chosen: dict[tuple[int, int], None] = {}
-    for _ in range(4 * n):  # rounds of a random cycle through all entities
-        order = list(range(size))
-        rng.shuffle(order)
-        for pair in pairwise(order):
-            if len(chosen) < n and sum(_askable(pair, answers[q], knows[q]) for q in answers) >= 2:
-                chosen[pair] = None
-        if len(chosen) == n:
-            break
+    for least, wanted in ((3, n // 2), (2, n)):
+        for _ in range(4 * n):  # rounds through all entities in random order
+            order = list(range(size))
+            rng.shuffle(order)
+            for pair in pairwise(order):
+                if len(chosen) < wanted and sum(_askable(pair, answers[q], knows[q]) for q in answers) >= least:
+                    chosen[pair] = None
     if not chosen:
         raise MediationError("No two entities have two questions that the model answers right for both.")
     clean, other = torch.tensor(list(chosen)).T

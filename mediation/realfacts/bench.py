@@ -5,7 +5,7 @@ values, mediate every answer: no latent-level graph can say which fact was used,
 
 1. Entities are split in halves. On development entities, in the development wordings: gradients of the log-probability
    of likely answers (SAMPLED of the LIKELY most probable tokens, flattened by a temperature of 2) at the entity's
-   token; no right answer enters. Ways to take rows apart (`ways`) are learned there, and names of their parts (`naming`).
+   token; no right answer enters. Ways to take rows apart (`ways`) are learned there, and names of parts (`naming`).
 2. On pairs of held-out entities, in the held-out wording, at each site, by intervention at the entity's token:
    a. carry: effect of the whole difference over the total effect; of latents and error over that; of a way's parts, its
       MEASURED strongest parts together, and bias with residual, over the latents';
@@ -51,7 +51,7 @@ from mediation.realfacts.questions import (
     countries,
     paraphrases,
 )
-from mediation.realfacts.scores import Measured, Scorer, carries, largest, masked, measure, score
+from mediation.realfacts.scores import MEASURED, Measured, Scorer, carries, largest, masked, measure, score
 from mediation.realfacts.ways import Development, ways
 from mediation.sites import Site
 from mediation.subject import SubjectModel
@@ -97,6 +97,7 @@ def run_facts(
             "questions": list(QUESTIONS),
             "sites": found,
             "settings": vars(settings),
+            "measured": MEASURED,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started,

@@ -30,7 +30,7 @@ def uses(practice: Asking, split: PairParts) -> Tensor:
     found = []
     for q in practice.by_question:
         size = screen(split, practice.gradients[q])[practice.pairs.asked[q]].abs()
-        found.append((size / size.sum(1, keepdim=True).clamp_min(1e-12)).mean(0))
+        found.append((size / size.sum(1, keepdim=True).clamp_min(1e-12)).sum(0) / max(1, len(size)))
     use = torch.stack(found, dim=1)
     return use / use.sum(1, keepdim=True).clamp_min(1e-12)
 
