@@ -48,10 +48,11 @@ dictionary's error. Held-out countries whose answer the model knows: {known}; pa
 {main}
 
 *carry*: the {measured} strongest parts of a pair together, of the latents' effect; *all parts*: all of them;
-*correlation* and *same top*: of the effects of these parts between two questions about the same pair; *top named*: the strongest part
-is named, by its use on development countries, after the question asked (chance {chance:.2f}); *pool named*: with all
-parts shared out among questions by their use, the question's own pool has the largest effect; *follows*: when one
-question's pool is exchanged for that of the other country, its answer follows; *stay*: the other answers stay.
+*correlation* and *same top*: of the effects of these parts between two questions about the same pair; *top named*: the
+strongest part is named, by its use on development countries, after the question asked (chance {chance:.2f});
+*pool named*: with all parts shared out among questions by their use, the question's own pool has the largest effect;
+*follows*: when one question's pool is exchanged for that of the other country, its answer follows; *stay*: the other
+answers stay.
 
 ![Named right]({plot})
 

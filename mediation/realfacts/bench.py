@@ -13,8 +13,7 @@ values, mediate every answer: no latent-level graph can say which fact was used,
       the same top part for both;
    c. naming: is the top part named by the question? Top 1, top 5, mean reciprocal rank; by each kind of name. Switch:
       both questions about a pair named right, by different parts, while the top latent is the same for both;
-   d. kinds: all parts pooled by use, each part's effect shared out among questions as its use is. Which question's
-      pool has the largest effect?
+   d. pools: all parts shared out among the questions as their use is. Which question's pool has the largest effect?
    e. swap: x less one question's pool of the pair's difference, which puts the other country's in its place. Does this
       answer follow, and do the other answers stay?
 3. The same parts under other wordings: fact first, and ParaRel's.
@@ -40,7 +39,7 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition, MetaDictionary
 from mediation.realfacts.asking import Asked, Asking, ask, reask
-from mediation.realfacts.naming import by_enrichment, by_lens, by_use, uses
+from mediation.realfacts.naming import by_enrichment, by_lens, by_share, effect_use, use
 from mediation.realfacts.parts import PairParts, latent_parts, meta_parts
 from mediation.realfacts.questions import (
     COUNTRY_QUESTIONS,
@@ -142,21 +141,22 @@ def run_site(
     top_latent: dict[str, Tensor] = {}
     for name, decomposition in taken.items():
         show(f"measuring {name}")
-        use = uses(practice, _split(dictionary, practice, decomposition))
         split = _split(dictionary, trial, decomposition)
-        measured = measure(trial, split, use)
+        shares = use(gradients, split.directions)
+        measured = measure(trial, split, shares)
         if decomposition is None:
             carry = carries(scorer, measured)
             top_latent = {q: measured.top(q) for q in QUESTIONS}
         names = {
-            "use": by_use(use),
+            "use": by_share(shares),
+            "effect": by_share(effect_use(practice, _split(dictionary, practice, decomposition))),
             "enrichment": by_enrichment(_amounts(dictionary, learn.x, decomposition), development, QUESTIONS),
             "lens": by_lens(model, split.directions, practice, seed),
         }
         figures[name] = score(scorer, measured, names, top_latent)
         if name in REWORDED:
             figures[name]["other_words"] = [
-                _in_other_words(dictionary, decomposition, trial, held_out, question, wording, measured, use, seed)
+                _in_other_words(dictionary, decomposition, trial, held_out, question, wording, measured, shares, seed)
                 for question, wording in other_wordings(data)
             ]
     return {
@@ -250,7 +250,7 @@ def _in_other_words(
     question: str,
     wording: str,
     measured: Measured,
-    use: Tensor,
+    shares: Tensor,
     seed: int,
 ) -> dict[str, Any]:
     """Step 3 for one wording: the figures of the same pairs."""
@@ -259,13 +259,13 @@ def _in_other_words(
     figures: dict[str, Any] = {"question": question, "wording": wording, "pairs": int(asked.sum())}
     if not asked.any():
         return figures
-    again = measure(asking, _split(dictionary, asking, decomposition), use)
+    again = measure(asking, _split(dictionary, asking, decomposition), shares)
     scorer = Scorer(asking, seed)
     number = QUESTIONS.index(question)
     top = again.top(question)
     return figures | {
         "same_part": scorer.mean({question: masked(top == measured.top(question), asked)}),
-        "named": scorer.mean({question: masked(by_use(use)[top] == number, asked)}),
+        "named": scorer.mean({question: masked(by_share(shares)[top] == number, asked)}),
         "pool": scorer.mean({question: masked(largest(again.pools[question]) == number, asked)}),
         "follows": scorer.mean({question: masked(again.margin[question] < again.pools[question][:, number], asked)}),
     }

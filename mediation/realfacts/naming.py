@@ -1,16 +1,18 @@
 """What a part is for: names by question, made on development entities.
 
-1. *use*: the share of a question in a part's effects on development pairs. A part's effect on a pair counts as a share
-   of all parts' effects there, so that no question has more to give than another.
-2. *enrichment* (mediation.labels): the attribute of the fact whose entities have most of the part.
-3. *logit lens*: the attribute whose values' first tokens the part's direction moves most, up or down, against other
+1. *use*: the share of a question in the power of gradients along the part's direction, E[(g.u)^2], every question's
+   gradients scaled to the same power: who reads it.
+2. *effect*: the share of a question in the part's effects on development pairs. A part's effect on a pair counts as a
+   share of all parts' effects there, so that no question has more to give than another.
+3. *enrichment* (mediation.labels): the attribute of the fact whose entities have most of the part.
+4. *logit lens*: the attribute whose values' first tokens the part's direction moves most, up or down, against other
    tokens: area under the ROC curve, LENS_SCORE at least.
 A name is the number of a question, -1 for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,23 +27,32 @@ LENS_SCORE = 0.75
 LENS_TOKENS = 4000  # of the vocabulary, that values are compared with
 
 
-def uses(practice: Asking, split: PairParts) -> Tensor:
-    """Name 1: share of every question in every part's use, [m, n_questions]; zeros for parts never met."""
+def use(gradients: Mapping[str, Tensor], directions: Tensor) -> Tensor:
+    """Name 1 before it is one: every question's share in directions [m, d], [m, n_questions]; gradients [n, d]."""
+    power = [(each @ directions.T).square().sum(0) / each.square().sum() for each in gradients.values()]
+    return _shares(torch.stack(power, dim=1))
+
+
+def effect_use(practice: Asking, split: PairParts) -> Tensor:
+    """The same for name 2; zeros for parts never met."""
     found = []
     for q in practice.by_question:
         size = screen(split, practice.gradients[q])[practice.pairs.asked[q]].abs()
         found.append((size / size.sum(1, keepdim=True).clamp_min(1e-12)).sum(0) / max(1, len(size)))
-    use = torch.stack(found, dim=1)
-    return use / use.sum(1, keepdim=True).clamp_min(1e-12)
+    return _shares(torch.stack(found, dim=1))
 
 
-def by_use(use: Tensor) -> Tensor:
-    """The question that uses each part most, [m]."""
-    return torch.where(use.sum(1) > 0, use.argmax(1), -1)
+def by_share(shares: Tensor) -> Tensor:
+    """The question with the largest share [m, n_questions] of each part, [m]."""
+    return torch.where(shares.sum(1) > 0, shares.argmax(1), -1)
+
+
+def _shares(power: Tensor) -> Tensor:
+    return power / power.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def by_enrichment(scores: Tensor, entities: DevelopmentEntities, questions: Sequence[str]) -> Tensor:
-    """Name 2 from how much of each part every entity has, scores [entities, m]."""
+    """Name 3 from how much of each part every entity has, scores [entities, m]."""
     table = enrichment(scores, entities.tags())
     names = torch.full((scores.shape[1],), -1)
     for meta, label in zip(table["meta"].to_list(), table["label"].to_list(), strict=True):
@@ -50,7 +61,7 @@ def by_enrichment(scores: Tensor, entities: DevelopmentEntities, questions: Sequ
 
 
 def by_lens(model: SubjectModel, directions: Tensor, practice: Asking, seed: int) -> Tensor:
-    """Name 3 of directions [m, d]."""
+    """Name 4 of directions [m, d]."""
     unembedding = model.module.get_output_embeddings().weight.detach().float() * final_norm_scale(model)
     drawn = torch.randperm(len(unembedding), generator=torch.Generator().manual_seed(seed))[:LENS_TOKENS]
     others = (directions @ unembedding[drawn].T).sort(dim=1).values
