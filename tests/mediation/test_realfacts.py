@@ -10,7 +10,7 @@ import torch
 from mediation.errors import MediationError
 from mediation.metalatents import MatchingPursuit
 from mediation.realfacts.asking import Asked, Pairs, answer_tokens, draw_pairs, known
-from mediation.realfacts.parts import effects, latent_parts, meta_parts, screen, strongest, total_effects
+from mediation.realfacts.parts import effects, latent_parts, meta_parts, screen, strongest
 from mediation.realfacts.questions import (
     COUNTRY_QUESTIONS,
     DevelopmentEntities,
@@ -90,7 +90,21 @@ def test_whole_difference_is_the_swapped_entity(model: SubjectModel) -> None:
     pairs = pairs_of()
     whole = (asked.x[pairs.clean] - asked.x[pairs.other])[:, None]
     effect = effects(asked, pairs, "q", whole)[:, 0]
-    torch.testing.assert_close(effect, total_effects(asked, pairs, "q"), atol=1e-4, rtol=1e-4)
+    right, wrong = pairs.right["q"], pairs.wrong["q"]
+    own, others = (asked.margin(rows, asked.x[rows], right, wrong) for rows in (pairs.clean, pairs.other))
+    torch.testing.assert_close(effect, own - others, atol=1e-4, rtol=1e-4)
+
+
+def test_questions_that_are_not_asked_have_no_effect(model: SubjectModel) -> None:
+    asked, pairs = Asked(model, SITE, "w1 {} w2 w3", NAMES), pairs_of()
+    patch = torch.randn(4, 2, model.d_model, generator=torch.Generator().manual_seed(0))
+    everyone = effects(asked, pairs, "q", patch)
+    pairs.asked["q"][1] = False
+    some = effects(asked, pairs, "q", patch)
+    assert some[1].isnan().all()
+    torch.testing.assert_close(some[[0, 2, 3]], everyone[[0, 2, 3]], atol=1e-5, rtol=1e-5)
+    pairs.asked["q"][:] = False
+    assert effects(asked, pairs, "q", patch).isnan().all()
 
 
 def test_parts_sum_to_the_difference(model: SubjectModel, tmp_path: Path) -> None:

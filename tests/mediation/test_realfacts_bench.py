@@ -28,7 +28,7 @@ from tests.setups import random_dictionary, tiny
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
 WIDTH, STEPS, COUNTRIES = 64, 480, 40
-SITE = Site.parse("blocks.1.hook_resid_pre")
+SITE = Site.parse("blocks.0.hook_resid_pre")  # where the country's token carries everything
 
 
 def few() -> Entities:
@@ -95,7 +95,7 @@ def test_the_model_knows_and_its_country_token_carries(result: dict[str, Any]) -
     (site,) = result["sites"]
     assert min(site["known"].values()) >= 15
     for figure in site["carry"]["whole"].values():
-        assert figure["value"] > 0.5
+        assert figure["value"] == pytest.approx(1.0, abs=1e-3)
     for figure in site["carry"]["error"].values():  # coordinates leave nothing over
         assert figure["value"] == pytest.approx(0.0, abs=1e-4)
 
@@ -116,8 +116,7 @@ def test_parts_that_span_everything_carry_everything(result: dict[str, Any]) -> 
 def test_readings_name_the_question_where_chance_does_not(result: dict[str, Any]) -> None:
     ways = result["sites"][0]["ways"]
     named = {name: ways[name]["pools"]["top_1"]["value"] for name in ("readings", "rotated readings")}
-    assert named["readings"] > 0.5
-    assert named["readings"] > named["rotated readings"] + 0.15
+    assert named["readings"] > max(0.4, named["rotated readings"] + 0.1), named
     shares = ways["readings"]["pools"]["shares"]
     for question, pools in shares.items():
         # All pools together are all parts.
