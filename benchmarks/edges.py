@@ -20,12 +20,13 @@
 5. `one_prompt_repeated_in_order`: the same with targets in order of their places, so that a pass runs only through the
    stretches of its own targets.
 
-A method's time has its forward passes in it. Every method's edges are compared with ours before a time is printed.
-Repeats alternate between the methods and their median counts; with one thread it is processor time, so that other
-programs on the machine do not count. The slow `sparse_feature_circuits` is timed on the first `--few` prompts of the
-set, and its time is scaled by the number of targets. `share_of_peak` is the floor of operations in circuits.edges over
-the time, beside a matrix product of this machine in this run. `nodes` compares node attribution of the set with a bare
-forward and backward pass of the model, parameters frozen and last-position logits only.
+All methods' fp32 products run as `mediation` runs them (mediation.products), or, with `--plain-products`, as PyTorch
+does by itself. A method's time has its forward passes in it. Every method's edges are compared with ours before a time
+is printed. Repeats alternate between the methods and their median counts; with one thread it is processor time, so
+that other programs on the machine do not count. The slow `sparse_feature_circuits` is timed on the first `--few`
+prompts of the set, and its time is scaled by the number of targets. `share_of_peak` is the floor of operations in
+circuits.edges over the time, beside a matrix product of this machine in this run. `nodes` compares node attribution of
+the set with a bare forward and backward pass of the model, parameters frozen and last-position logits only.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ import torch
 from torch import Tensor
 
 import mediation
-from circuits.edges import REST, Edges, Sources, Targets, edges
+from circuits.edges import REST, Edges, Sources, Targets, edges, first_sources
 from mediation.commands import Source, load_dictionaries
 from mediation.dictionaries import Dictionary
 from mediation.estimators.common import contract as contract_nodes
 from mediation.estimators.common import states_and_gradients
 from mediation.loading import ARCHITECTURES
 from mediation.nodes import site_states
+from mediation.products import use_fast_products
 from mediation.prompts import Baseline, Batch, PromptSet, batches, collate, tokenize
-from mediation.sites import Site, Stream
+from mediation.sites import RESIDUAL, Site, Stream
 from mediation.subject import SubjectModel
 
 ORGANISM = Path(mediation.__file__).parent / "organisms" / "default"
-RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
 
 
 @dataclass
@@ -279,14 +280,15 @@ def floor(model: SubjectModel, task: Task) -> float:
         reach = [i for i in reach if not walls or i >= walls[-1]]
         weights = sum(crossed(model, names, names[reach[0]], targets.place)) if reach else 0
         layers = targets.place.layer - names[reach[0]].layer if reach else 0
-        for row in range(len(task.batch)):
+        for row, begin in enumerate(first_sources(task.sources, task.batch).tolist()):
             for last in targets.position[targets.row == row].tolist():
-                tokens, nodes = last + 1, 0
+                tokens, nodes = last + 1 - begin, 0
                 for i in reach:
                     source = task.sources[i]
                     nodes += int(((source.row == row) & (source.position <= last)).sum())
-                    nodes += int(source.free[row, :tokens].sum())
-                total += 2 * weights * tokens + 2 * nodes * model.d_model + 4 * layers * tokens**2 * model.d_model
+                    nodes += int(source.free[row, : last + 1].sum())
+                attention = 4 * layers * tokens * (last + 1) * model.d_model
+                total += 2 * weights * tokens + 2 * nodes * model.d_model + attention
     return total
 
 
@@ -412,8 +414,10 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=2, help="prompts of the set for the slowest method")
     parser.add_argument("--repeats", type=int, default=3, help="the median counts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plain-products", action="store_true", help="leave fp32 products to PyTorch's choice")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    fast = not chosen.plain_products and use_fast_products()
 
     source = Source(chosen.model, tuple(chosen.saes), chosen.prompts, "cpu")
     model = SubjectModel.load(chosen.model, device="cpu")
@@ -431,6 +435,7 @@ def main() -> None:
         "sites": [each.site.name for each in dictionaries],
         "settings": {
             **vars(chosen),
+            "products_by_onednn": fast,
             "model": model.name,
             "saes": len(dictionaries),
             "prompts": Path(chosen.prompts).name,

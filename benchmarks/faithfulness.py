@@ -36,6 +36,7 @@ from mediation.organisms.compiled import GATES, Truth, compile_circuit
 from mediation.organisms.language import LAST_NAME
 from mediation.organisms.measure import name_activations
 from mediation.organisms.world import World, opinion_rows
+from mediation.products import use_fast_products
 from mediation.prompts import Baseline, PromptSet
 from mediation.subject import SubjectModel
 from mediation.trace import TraceSettings
@@ -225,7 +226,7 @@ def _compiled_part(found: dict[str, Any]) -> str:
         "Circuits compiled into a three-block Llama (`mediation/organisms/compiled.py`), beside decoys that change",
         "more than the circuit. Of the first nodes or edges, as many as are true, the share that is true, which is",
         f"precision and recall; mean over seeds 0 to {seeds - 1}. An *or* gate is min(a + b, 1): where both inputs are",
-        "on, the gradient at the clean prompt, which edges are made of, is zero.\n",
+        "on, the gradient at the clean prompt is zero; edges averaged along the path to the baseline see both.\n",
     ]
     for kind in Kind:
         names = list(found["sum"][kind.value])
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    use_fast_products()
     results = json.loads(chosen.results.read_text(encoding="utf-8")) if chosen.results.exists() else {}
     for part in chosen.parts:
         if part == "compiled":

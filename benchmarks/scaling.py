@@ -24,6 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mediation.dictionaries import Dictionary
+from mediation.products import use_fast_products
 from mediation.prompts import Baseline, Example, collate
 from mediation.sites import Site, Stream
 from mediation.subject import SubjectModel
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to write (SVG)")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    use_fast_products()
     found = measure(chosen.repeats)
     if chosen.plot is not None:
         plot(found, chosen.plot)

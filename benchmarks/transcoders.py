@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from circuits.edges import EdgeRows, Sources, Targets, edges
 from mediation.dictionaries import Dictionary
 from mediation.nodes import site_states
+from mediation.products import use_fast_products
 from mediation.prompts import Baseline, Example, collate
 from mediation.runs import Run, peak_memory_mb
 from mediation.sites import Site, Stream
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    use_fast_products()
     torch.manual_seed(0)
     clock = time.process_time if chosen.threads == 1 else time.perf_counter
 

@@ -3,7 +3,8 @@
 Algorithm
 1. Take the strongest (role, latent) of each site of the run, as the discovery prompts have them.
 2. On every prompt, each of their nodes is a target, and so is the behaviour: their in-edges come from all
-   the sites, and the token embeddings, that reach them directly (circuits.edges). A sample of the edges is
+   the sites, and the token embeddings, that reach them directly (circuits.edges): the behaviour's along the path to
+   the baseline, or in the linear semantics, which needs none, at the clean prompt. A sample of the edges is
    patched exactly (circuits.calibration). One shard of edges per batch, so that a killed run resumes. It names
    nodes by position; of each target it holds the KEEP strongest in-edges, and of the behaviour also those from
    the graph's nodes (circuits.prompt_graph reads them).
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from circuits.calibration import calibrate_edges, kept_sample, missed_important
 from circuits.consensus import consensus_tables
-from circuits.edges import Edges, Sources, Targets, behaviour_edges, edges, embeddings_apart, mean_embedding
+from circuits.edges import Edges, Sources, Targets, edges, embeddings_apart, mean_embedding
 from circuits.graph import AttributionGraph
 from circuits.prompt_graph import ENDS, known_source, node_ids, with_roles
 from mediation.dictionaries import Dictionary
 from mediation.estimators.common import behaviour_gradient
+from mediation.frozen import Semantics
 from mediation.labels import load_labels
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch, Half
@@ -166,8 +168,9 @@ def _batch_edges(
         sources.append(Sources.embeddings(model, batch, settings.baseline, embedding))
     chosen = [_chosen(state, batch, nodes) for state in states]
     targets = [Targets.latents(*each) for each in zip(states, gradients, chosen, strict=True)]
-    between = edges(model, batch, sources, targets, chunk=settings.chunk, keep=KEEP)
-    into = behaviour_edges(model, batch, sources, steps=settings.steps)
+    between = edges(model, batch, sources, targets, semantics=settings.semantics, chunk=settings.chunk, keep=KEEP)
+    steps = settings.steps if settings.semantics is Semantics.GRADIENT else None
+    into = edges(model, batch, sources, [Targets.behaviour(batch)], semantics=settings.semantics, steps=steps)
     blocks = [(between, targets), (into, [Targets.behaviour(batch)])]
     wanted = ceil(settings.sample * prepared.share(batch))
     measured = [_measured(model, batch, found, these, wanted, settings) for found, these in blocks]

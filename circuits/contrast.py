@@ -36,7 +36,7 @@ from mediation.statistics import Difference, Floats, benjamini_hochberg, mean_di
 from mediation.trace import prompt_ids
 
 ALPHA = 0.05  # false discovery rate at which a difference is counted
-SAME = ("baseline", "behaviour", "estimator")  # settings without which values of two runs do not compare
+SAME = ("baseline", "behaviour", "estimator", "semantics")  # settings without which values of two runs do not compare
 NODES = ("id", "kind", "site", "role", "latent", "label")
 WHICH = ("first", "second")
 NO_EDGES = pl.DataFrame(

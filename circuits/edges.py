@@ -20,19 +20,23 @@ Algorithm
 2. Jobs. A target at position t sees no further than t. The targets of a prompt in a stretch are split by position
    where shorter sequences pay for one more forward pass; then those of like length are joined, prompts beside
    prompts, where one larger pass is cheaper than two small ones.
-3. One forward of a job's prompts, each once, with all sites cut.
+3. One forward of a job's prompts, each once, with all sites cut. Positions before a prompt's first source, such as
+   a chat template's, are the same in every pass and take no gradient: they are run once (`SubjectModel.prefix`), and
+   passes begin after them.
 4. For each place, seeds e_d at (turn, row, position of d), at most `chunk` gradients of a prompt at a time, are pulled
    back to the sites in reach by one backward pass batched over turns: all turns share the activations.
 5. Contract what arrives at each site with its sources, gathering only active decoder rows.
+   With `steps`, 3 to 5 are those of every point of the path, and the gradients' mean is contracted (for circuits,
+   Hanna et al. 2024).
 6. Multiply by dm/df_d = g_d . w_d for what the edge contributes to the behaviour. One more forward, with
    all sources at their baseline, tells d's own change; the difference is the gap.
 
-Cost of a target at position t whose segment (layers between it and the sites that reach it) holds P weights, with n
-sources in reach and width d: the floor is 2 P t operations for the backward products (weights need no gradient),
-4 t^2 d for each layer of attention, and 2 n d for the contraction. The forward adds 2 P t for each prompt of a job.
-In bytes: a pass reads the segment's weights once and a contraction the decoder's active rows once, so that passes
-over some hundred positions are bound by arithmetic. Reverse mode is the cheaper one: forward mode takes one pass
-for each source, and the latents on at all positions of a site outnumber the targets of a graph.
+Cost of a target t positions after the first source, whose segment (layers between it and the sites that reach it)
+holds P weights, with n sources in reach and width d: the floor is 2 P t operations for the backward products (weights
+need no gradient), 4 t^2 d for each layer of attention, and 2 n d for the contraction. The forward adds 2 P t for each
+prompt of a job. In bytes: a pass reads the segment's weights once and a contraction the decoder's active rows once, so
+that passes over some hundred positions are bound by arithmetic. Reverse mode is the cheaper one: forward mode takes one
+pass for each source, and the latents on at all positions of a site outnumber the targets of a graph.
 
 Sources: Marks et al. 2024 (edges with errors as sources); Ameisen et al. 2025 and circuit-tracer (batched
 gradient injection, one prompt replicated); packing different prompts follows arXiv 2604.17761.
@@ -56,31 +60,21 @@ from circuits.graph import TARGET, NodeKind, latent_id
 from mediation.behaviours import keep_positions, score
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
-from mediation.frozen import Frozen
-from mediation.nodes import SiteState, free_positions
+from mediation.estimators.integrated_gradients import straight_path
+from mediation.frozen import Frozen, Semantics
+from mediation.nodes import SiteState, first_free, free_positions
 from mediation.prompts import Baseline, Batch
-from mediation.sites import Site, Stream
-from mediation.subject import Forward, SubjectModel
+from mediation.sites import RESIDUAL, Site, Stream
+from mediation.subject import Forward, Prefix, SubjectModel
 
 EMBEDDING_SITE = Site(0, Stream.RESID_PRE)
 REST = -1  # "latent" of the source that is a whole vector: the error node, or the token embedding
-RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
 GATHERED = 2**25  # values of decoder rows gathered at a time while contracting (128 MiB)
 PLACES = ("source", "position", "latent")
 SEEDS = 2**26  # values that are seeded at a time (256 MiB): logits at many positions are wide
 SHORT = 96  # up to this many positions, attention in plain products is faster than the fused kernel
 STARTING = {"cpu": 32, "cuda": 4096}  # positions whose arithmetic takes as long as starting a pass's operations
 SPLITS = 64  # lengths considered for the jobs of one prompt
-
-
-class Semantics(StrEnum):
-    """Which Jacobian an edge uses."""
-
-    GRADIENT = "gradient"
-    """The model as it is. First order: right for small changes, and where the model is not curved. The default."""
-    LINEAR = "linear"
-    """Attention patterns, norms' divisors and MLP factors held: edges add up exactly; what moves those is not seen.
-    Only a log-probability's normaliser, and the soft-cap of Gemma 2's logits, stay curved."""
 
 
 class Output(StrEnum):
@@ -329,67 +323,61 @@ def edges(
     semantics: Semantics = Semantics.GRADIENT,
     chunk: int = 32,
     keep: int | None = None,
+    steps: int | None = None,
     sink: Callable[[EdgeRows], None] | None = None,
 ) -> Edges:
     """In-edges of all targets from the sources that reach them directly.
 
     Sources are cut from one another; a target's own site, if it is among them, too. `chunk` is how many
     gradients of a prompt one backward carries: it sets memory and speed, not the result. `keep` leaves
-    only the strongest in-edges of each target (the totals still count them all). `sink` is given finished rows as
-    they come, to be written away where all edges are too many to hold; what is returned then has none of them, only
-    what is known of each target.
+    only the strongest in-edges of each target (the totals still count them all). `steps` averages J along the
+    straight path of all sources from baseline to clean, by so many Gauss-Legendre points: in-edges then sum to the
+    target's change, and inputs of which one would do share it. It costs as many forwards and backwards. `sink` is
+    given finished rows as they come, to be written away where all edges are too many to hold; what is returned then
+    has none of them, only what is known of each target.
     Raises MediationError for two sources at one site and for a chunk below 1.
     """
     ordered = _ordered(sources)
     if chunk < 1:
         raise MediationError(f"The chunk of gradients in one backward is {chunk}: give 1 or more.")
+    if steps is not None and semantics is Semantics.LINEAR:
+        raise MediationError("Edges of the linear semantics are the same all along the path: leave steps out.")
+    path = [(1.0, 1.0)] if steps is None else straight_path(steps)
     plan = Plan.of(ordered, targets)
     found = _Collector(ordered, targets, keep)
-    for job in _jobs(plan, batch, chunk):
+    begins = first_sources(ordered, batch)
+    prefix = _prefix(model, batch, begins)
+    for job in _jobs(plan, batch, begins, chunk):
         found.new_job()
         part = _first_positions(batch.rows(job.rows), job.length)
-        local = Plan.of(ordered, [targets[place].take(some).on_rows(row) for place, some, row in job.targets])
+        before = prefix.take(job.rows, job.begin) if prefix is not None and job.begin else None
+        local = Plan.of(ordered, [targets[place].take(some).on_rows(row) for place, some, row in job.targets], before)
         walls = [each.x[job.rows, : job.length] if index == job.wall else None for index, each in enumerate(ordered)]
-        with _attention(model, job.length), _model(model, semantics):
-            values, leaves = local.run(model, part, grad=True, held=walls)
         names = [some + found.offsets[place] for place, some, _ in job.targets]
-        found.value[torch.cat(names)] = local.read(values, part)
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
-            for some, turn in _passes(
-                local.targets[number].row, max(1, min(chunk // len(part), SEEDS // value.numel()))
-            ):
-                pulled = local.pull(number, value, leaves, some, turn, part)
-                found.add(local.targets[number].take(some), name[some], turn, job.rows, pulled)
-                if sink is not None:
-                    found.hand_over(sink)
+        means: dict[int, dict[int, Tensor]] = {}  # of every pass, over the points of the path so far
+        with _attention(model, job.length):
+            if steps is not None:
+                values, _ = local.run(model, part, grad=False, held=walls)
+                found.value[torch.cat(names)] = local.read(values, part)
+            for number, (point, weight) in enumerate(path):
+                held = walls
+                if steps is not None:
+                    held = [torch.lerp(each.base, each.x, point)[job.rows, : job.length] for each in ordered]
+                with _model(model, semantics):
+                    values, leaves = local.run(model, part, grad=True, held=held)
+                if steps is None:
+                    found.value[torch.cat(names)] = local.read(values, part)
+                for turns, (place, some, turn, pulled) in enumerate(local.passes(values, leaves, part, chunk)):
+                    if steps is not None:
+                        mean = means.pop(turns, {})
+                        pulled = {i: mean.get(i, 0.0) + weight * gradient for i, gradient in pulled.items()}
+                    if number + 1 < len(path):
+                        means[turns] = pulled
+                        continue
+                    found.add(local.targets[place].take(some), names[place][some], turn, job.rows, pulled, job.begin)
+                    if sink is not None:
+                        found.hand_over(sink)
     return found.edges(plan.constants(model, batch, semantics))
-
-
-def behaviour_edges(
-    model: SubjectModel, batch: Batch, sources: Sequence[Sources], *, steps: int, keep: int | None = None
-) -> Edges:
-    """In-edges of every row's behaviour, from the gradient averaged along the path of all sources together.
-
-    All sites move from baseline to clean in a straight line, by Gauss-Legendre points (as the estimator `ig`
-    does at one site), so the in-edges sum to the total effect. Cost: `steps` forwards and backwards.
-    """
-    ordered = _ordered(sources)
-    targets = Targets.behaviour(batch)
-    plan = Plan.of(ordered, [targets])
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    every, turn = torch.arange(len(batch), device=batch.clean.device), torch.zeros_like(targets.row)
-    mean: dict[int, Tensor] = {}
-    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-        on_path = [torch.lerp(each.base, each.x, float(point)) for each in ordered]
-        with _attention(model, batch.clean.shape[1]):
-            values, leaves = plan.run(model, batch, grad=True, held=on_path)
-        for index, gradient in plan.pull(0, values[0], leaves, every, turn, batch).items():
-            mean[index] = mean.get(index, 0.0) + float(weight) * gradient
-    found = _Collector(ordered, [targets], keep)
-    found.add(targets, every, turn, every, mean)
-    clean, _ = plan.run(model, batch, grad=False)
-    found.value[:] = plan.read(clean, batch)
-    return found.edges(plan.constants(model, batch, Semantics.GRADIENT))
 
 
 def _ordered(sources: Sequence[Sources]) -> list[Sources]:
@@ -409,6 +397,18 @@ def _attention(model: SubjectModel, length: int) -> AbstractContextManager[None]
     return model.attention("eager") if length <= SHORT else nullcontext()
 
 
+def first_sources(sources: Sequence[Sources], batch: Batch) -> Tensor:
+    """Long [B]: where each row's passes begin, at its first source or before."""
+    if not sources:
+        return torch.zeros_like(batch.prompt)
+    return first_free(batch, torch.stack([each.free for each in sources]).any(dim=0))
+
+
+def _prefix(model: SubjectModel, batch: Batch, begins: Tensor) -> Prefix | None:
+    longest = int(begins.max())
+    return model.prefix(batch.clean[:, :longest]) if longest else None
+
+
 def _first_positions(batch: Batch, length: int) -> Batch:
     """The batch's first `length` positions; of behaviours, only those within them may be scored."""
     return replace(batch, clean=batch.clean[:, :length], mask=batch.mask[:, :length])
@@ -416,30 +416,41 @@ def _first_positions(batch: Batch, length: int) -> Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is cut, what is read, and which sites reach each place."""
+    """What is cut, what is read, and which sites reach each place.
+
+    reach: of each place, indices of the sources. prefix: positions that passes leave out; values and gradients are of
+    those after it, while sources and targets count from the prompt's start.
+    """
 
     sources: list[Sources]
     targets: Sequence[Targets]
-    reach: list[list[int]]  # of each place, indices of the sources
+    reach: list[list[int]]
+    prefix: Prefix | None = None
 
     @classmethod
-    def of(cls, sources: list[Sources], targets: Sequence[Targets]) -> Plan:
+    def of(cls, sources: list[Sources], targets: Sequence[Targets], prefix: Prefix | None = None) -> Plan:
         reach = []
         for each in targets:
             place = each.place
             before = [i for i, s in enumerate(sources) if isinstance(place, Output) or s.site.depth < place.depth]
             walls = [i for i in before if sources[i].site.stream in RESIDUAL]
             reach.append([i for i in before if not walls or i >= walls[-1]])
-        return cls(sources, targets, reach)
+        return cls(sources, targets, reach, prefix)
+
+    @property
+    def begin(self) -> int:
+        """The first position that is run."""
+        return 0 if self.prefix is None else self.prefix.length
 
     def run(
         self, model: SubjectModel, batch: Batch, *, grad: bool, held: Sequence[Tensor | None] | None = None
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Values of the places [batch, columns, width] and leaves of the sources, from one forward.
 
-        `held` are values that the sites go on with, in place of the model's own. Where that is so of a residual
-        site that is the first to reach any place, the model starts there.
+        `held` are values that the sites go on with, in place of the model's own, at all positions. Where that is so of
+        a residual site that is the first to reach any place, the model starts there.
         """
+        begin = self.begin
         first = min((index for reach in self.reach for index in reach), default=len(self.sources))
         places = [each.place for each in self.targets]
         ends = any(isinstance(place, Output) for place in places)
@@ -449,17 +460,22 @@ class Plan:
             for index, each in enumerate(self.sources)
             if index >= first and (ends or each.site.depth <= deepest)
         }
-        edit = {site: lambda _, v=v: v for i, site in cut.items() if held is not None and (v := held[i]) is not None}
+        edit = {
+            site: lambda _, v=v: v[:, begin:]
+            for i, site in cut.items()
+            if held is not None and (v := held[i]) is not None
+        }
         start = cut.get(first) if all(self.reach) else None
         kept = self._kept(batch) if ends else None
         run = model.forward(
-            batch.clean,
+            batch.clean[:, begin:],
             batch.mask,
             read=[place for place in dict.fromkeys(places) if isinstance(place, Site)],
             cut=list(cut.values()),
             edit=edit,
-            positions=kept,
+            positions=None if kept is None else kept - begin,
             start=start if start in edit and start is not None and start.stream in RESIDUAL else None,
+            prefix=self.prefix,
             grad=grad,
             logits=ends,
         )
@@ -480,7 +496,16 @@ class Plan:
             return torch.zeros_like(targets.position)
         if targets.place is Output.LOGITS:
             return torch.searchsorted(self._kept(batch), targets.position)
-        return targets.position
+        return targets.position - self.begin
+
+    def passes(
+        self, values: Sequence[Tensor], leaves: Mapping[int, Tensor], batch: Batch, chunk: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, Tensor]]]:
+        """Of every backward pass: the place, which of its targets (long [n]), their turns (long [n]), and `pull`."""
+        for number, value in enumerate(values):
+            most = max(1, min(chunk // len(batch), SEEDS // value.numel()))
+            for some, turn in _passes(self.targets[number].row, most):
+                yield number, some, turn, self.pull(number, value, leaves, some, turn, batch)
 
     def pull(
         self, number: int, value: Tensor, leaves: Mapping[int, Tensor], some: Tensor, turn: Tensor, batch: Batch
@@ -557,8 +582,10 @@ class _Collector:
         self.laid_out: dict[tuple[int, int], _RowSources] = {}
         self.room = GATHERED
 
-    def add(self, targets: Targets, names: Tensor, turn: Tensor, rows: Tensor, pulled: Mapping[int, Tensor]) -> None:
-        """Gradients `pulled` [turns, B, T, d], by source, of n targets on rows of a job.
+    def add(
+        self, targets: Targets, names: Tensor, turn: Tensor, rows: Tensor, pulled: Mapping[int, Tensor], begin: int
+    ) -> None:
+        """Gradients `pulled` [turns, B, T, d], by source, of n targets on rows of a job, from position `begin` on.
 
         names: long [n], the targets' numbers over all places; rows: long [B], the batch's rows.
         """
@@ -567,10 +594,10 @@ class _Collector:
         for row in targets.row.unique().tolist():
             mine = (targets.row == row).nonzero()[:, 0]
             gradients = {index: each[turn[mine], row] for index, each in pulled.items()}
-            self._add_row(names[mine], targets.position[mine], int(rows[row]), gradients)
+            self._add_row(names[mine], targets.position[mine], int(rows[row]), gradients, begin)
 
-    def _add_row(self, names: Tensor, last: Tensor, row: int, pulled: Mapping[int, Tensor]) -> None:
-        parts = [self._sources_of(index, row, gradient.shape[1]) for index, gradient in pulled.items()]
+    def _add_row(self, names: Tensor, last: Tensor, row: int, pulled: Mapping[int, Tensor], begin: int) -> None:
+        parts = [self._sources_of(index, row, begin, begin + each.shape[1]) for index, each in pulled.items()]
         source, position, latent = (torch.cat([getattr(part, name) for part in parts]) for name in PLACES)
         weights = torch.cat([part.weights(each) for part, each in zip(parts, pulled.values(), strict=True)], dim=1)
         reached = position <= last.unsqueeze(1)
@@ -584,10 +611,11 @@ class _Collector:
             at = strongest[target, column]
         self.pieces.append(EdgeRows(names[target], source[at], position[at], latent[at], weights[target, at]))
 
-    def _sources_of(self, index: int, row: int, length: int) -> _RowSources:
+    def _sources_of(self, index: int, row: int, begin: int, end: int) -> _RowSources:
         """Made once for all targets of a job, with their decoder rows as far as there is room for them."""
         if (index, row) not in self.laid_out:
-            made = _RowSources.of(self.sources[index], index, row, slice(*self.starts[index][row : row + 2]), length)
+            mine = slice(*self.starts[index][row : row + 2])
+            made = _RowSources.of(self.sources[index], index, row, mine, begin, end)
             size = made.padded.numel() * self.sources[index].decoder.shape[1]
             if size <= self.room:
                 made.gathered = made.sources.decoder[made.padded]
@@ -636,7 +664,7 @@ def _columns(rows: EdgeRows) -> list[Tensor]:
 
 @dataclass
 class _RowSources:
-    """Sources of one row at one site up to a position, laid out for the contraction: m latents, then errors.
+    """Sources of one row at one site from position `begin` on, laid out for the contraction: m latents, then errors.
 
     source, position, latent: long [n]. index, place: long [m], where each latent is in `padded` [positions, most], the
     latents of each position `here`, padded to the same number. gathered: their decoder rows, where they are kept.
@@ -644,6 +672,7 @@ class _RowSources:
 
     sources: Sources
     row: int
+    begin: int
     source: Tensor
     position: Tensor
     latent: Tensor
@@ -655,31 +684,32 @@ class _RowSources:
     gathered: Tensor | None = None
 
     @classmethod
-    def of(cls, sources: Sources, number: int, row: int, mine: slice, length: int) -> _RowSources:
-        mine = slice(mine.start, mine.start + int(torch.searchsorted(sources.position[mine], length)))
+    def of(cls, sources: Sources, number: int, row: int, mine: slice, begin: int, end: int) -> _RowSources:
+        mine = slice(mine.start, mine.start + int(torch.searchsorted(sources.position[mine], end)))
         position, latent = sources.position[mine], sources.latent[mine]
         here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
         place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
         padded = latent.new_zeros(len(here), int(counts.max()) if len(counts) else 0)
         padded[index, place] = latent
-        free = sources.free[row, :length].nonzero()[:, 0]
+        free = sources.free[row, :end].nonzero()[:, 0]
         every = torch.cat([position, free])
         names = torch.cat([latent, torch.full_like(free, REST)])
         number_of_all = torch.full_like(every, number)
-        return cls(sources, row, number_of_all, every, names, sources.delta[mine], here, index, place, padded)
+        return cls(sources, row, begin, number_of_all, every, names, sources.delta[mine], here, index, place, padded)
 
     def weights(self, pulled: Tensor) -> Tensor:
         """(f_u - f'_u) w_u . pulled [c, T, d] at u's position, and of errors, [c, n]."""
-        free = self.position[len(self.delta) :]
-        rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[self.row, : pulled.shape[1]])[:, free]
+        begin = self.begin
+        free = self.position[len(self.delta) :] - begin
+        rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[self.row, begin : begin + pulled.shape[1]])[:, free]
         if not len(self.delta):
             return rest
         step = max(1, GATHERED // (self.padded.shape[1] * pulled.shape[2]))
         if self.gathered is not None:
-            parts = [torch.bmm(self.gathered, pulled[:, self.here].permute(1, 2, 0))]
+            parts = [torch.bmm(self.gathered, pulled[:, self.here - begin].permute(1, 2, 0))]
         else:
             parts = [
-                torch.bmm(self.sources.decoder[rows], pulled[:, at].permute(1, 2, 0))
+                torch.bmm(self.sources.decoder[rows], pulled[:, at - begin].permute(1, 2, 0))
                 for at, rows in zip(self.here.split(step), self.padded.split(step), strict=True)
             ]
         return torch.cat([torch.cat(parts)[self.index, self.place].T * self.delta, rest], dim=1)
@@ -692,12 +722,14 @@ class _RowSources:
 class _Job:
     """What one forward pass serves.
 
-    wall: index of the source to start from, or -1. rows: long [B] of the batch. length: positions needed. targets:
-    for places, their number, which of their targets (long [k]) and the job's row (long [k]) of each.
+    wall: index of the source to start from, or -1. rows: long [B] of the batch. begin, length: the first position that
+    is run, and where the last ends. targets: for places, their number, which of their targets (long [k]) and the job's
+    row (long [k]) of each.
     """
 
     wall: int
     rows: Tensor
+    begin: int
     length: int
     targets: list[tuple[int, Tensor, Tensor]]
 
@@ -706,14 +738,18 @@ class _Job:
 class _Unit:
     """Targets of one row and of like position in one stretch: indices `chosen` of it, and how many at each place."""
 
+    begin: int
     length: int
     row: int
     chosen: np.ndarray
     counts: np.ndarray
 
 
-def _jobs(plan: Plan, batch: Batch, chunk: int) -> Iterator[_Job]:
-    """All targets, each in one job (step 2); cost is counted in positions that a pass goes over."""
+def _jobs(plan: Plan, batch: Batch, begins: Tensor, chunk: int) -> Iterator[_Job]:
+    """All targets, each in one job (step 2); cost is counted in positions that a pass goes over.
+
+    begins: long [B], where each row's first source is. Targets before it have no sources: they need their value only.
+    """
     starting = STARTING.get(batch.clean.device.type, STARTING["cuda"])
     stretches: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for number, reach in enumerate(plan.reach):
@@ -729,10 +765,11 @@ def _jobs(plan: Plan, batch: Batch, chunk: int) -> Iterator[_Job]:
         units = []
         for each in np.unique(row):
             mine = np.flatnonzero(row == each)
-            for some in _split(end[mine], starting * (1 + len(numbers))):
+            begin = min(int(begins[each]), int(end[mine].min()) - 1)
+            for some in _split(end[mine] - begin, starting * (1 + len(numbers))):
                 chosen = mine[some]
                 counts = np.bincount(place[chosen], minlength=len(numbers))
-                units.append(_Unit(int(end[chosen].max()), int(each), chosen, counts))
+                units.append(_Unit(begin, int(end[chosen].max()), int(each), chosen, counts))
         units.sort(key=lambda unit: (unit.length, unit.counts.sum(), unit.row))
         for group in _joined(units, starting, chunk):
             rows = np.concatenate([np.full(len(unit.chosen), at) for at, unit in enumerate(group)])
@@ -747,7 +784,8 @@ def _jobs(plan: Plan, batch: Batch, chunk: int) -> Iterator[_Job]:
                 for at, number in enumerate(numbers)
                 if (place[chosen] == at).any()
             ]
-            yield _Job(wall, torch.tensor([unit.row for unit in group], device=device), group[-1].length, targets)
+            taken = torch.tensor([unit.row for unit in group], device=device)
+            yield _Job(wall, taken, min(unit.begin for unit in group), group[-1].length, targets)
 
 
 def _split(ends: np.ndarray, starting: float) -> list[np.ndarray]:
@@ -773,22 +811,22 @@ def _split(ends: np.ndarray, starting: float) -> list[np.ndarray]:
 def _joined(units: list[_Unit], starting: float, chunk: int) -> Iterator[list[_Unit]]:
     """Units side by side in one job, as long as that costs less than a job each."""
 
-    def cost(rows: int, length: int, counts: np.ndarray) -> float:
+    def cost(rows: int, run: int, counts: np.ndarray) -> float:
         passes = -(-counts // max(1, chunk // rows))
-        return starting * (1 + passes.sum()) + rows * length * (1 + counts.sum())
+        return starting * (1 + passes.sum()) + rows * run * (1 + counts.sum())
 
     group: list[_Unit] = []
-    counts, spent = np.zeros(0), 0.0
+    counts, begin, spent = np.zeros(0), 0, 0.0
     for unit in units:
-        alone = cost(1, unit.length, unit.counts)
+        alone = cost(1, unit.length - unit.begin, unit.counts)
         if group:
-            most = np.maximum(counts, unit.counts)
-            together = cost(len(group) + 1, unit.length, most)
+            most, first = np.maximum(counts, unit.counts), min(begin, unit.begin)
+            together = cost(len(group) + 1, unit.length - first, most)
             if len(group) < chunk and together <= spent + alone:
-                group, counts, spent = [*group, unit], most, together
+                group, counts, begin, spent = [*group, unit], most, first, together
                 continue
             yield group
-        group, counts, spent = [unit], unit.counts, alone
+        group, counts, begin, spent = [unit], unit.counts, unit.begin, alone
     if group:
         yield group
 

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from circuits.build import KEEP
-from circuits.edges import EMBEDDING_SITE, GATHERED, RESIDUAL
+from circuits.edges import EMBEDDING_SITE, GATHERED
 from mediation.behaviours import keep_positions
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.heads import Heads
-from mediation.nodes import ENCODE_TOKENS
+from mediation.nodes import ENCODE_TOKENS, first_free, free_positions
 from mediation.prompts import Baseline, Batch, Example, batches
-from mediation.sites import Site
+from mediation.sites import RESIDUAL, Site
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings
 
@@ -172,8 +172,9 @@ def predict(
         patching.append(own + patched * (length * (working + 4 * FLOAT * width) + 2 * logits))
         share = _longest_stretch(model, dictionaries)
         job = min(rows, chunk)
-        gradients = chunk * length * (working + 2 * FLOAT * width * _most_in_reach(dictionaries))
-        rest = max(job * share * probed.saved(length) + gradients, graph + 3 * rows * logits)
+        run = length - int(first_free(batch, free_positions(batch, settings.baseline)).min())
+        gradients = chunk * run * (working + 2 * FLOAT * width * _most_in_reach(dictionaries))
+        rest = max(job * share * probed.saved(run) + gradients, graph + 3 * rows * logits)
         tables = EDGE * KEEP * AT * settings.top * sites * rows
         between.append(own + (sites + 3) * value + max(rest + 2 * FLOAT * min(GATHERED, on * width), tables))
     first = len(prepared[0])

@@ -47,7 +47,7 @@ from mediation.nodes import MeanState, mean_state
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet
 from mediation.statistics import Floats
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings, prepare
+from mediation.trace import Prepared, TraceSettings, prepare, seconds_per_token
 
 DRAWS = 2  # random orders that are averaged
 CIRCUIT, NEURONS = "circuit", "neurons"
@@ -210,6 +210,27 @@ def prove(
     ]  # fmt: skip
     between = 0 if circuit.links is None else len(circuit.links.ends.nodes)
     return Proof(curves, pl.concat(members, how="vertical_relaxed"), between)
+
+
+def proof_seconds(
+    model: SubjectModel, prepared: Prepared, sites: int, traced: TraceSettings, settings: ProofSettings
+) -> float:
+    """How long `prove` will take on two halves like `prepared`: the time of a forward pass, times counts of passes.
+
+    A circuit of nodes is one pass. One of edges is a pass of the stretch between two sites for every node that has a
+    set of sources of its own: as many as there are candidates, or as edges where they are fewer. Ranking takes a
+    path's passes for each site, twice where there are edges.
+    """
+    tokens = sum(batch.clean.numel() for batch in prepared.batches)
+    positions = max(batch.clean.shape[1] for batch in prepared.batches)
+    nodes = traced.top * sites
+    orders = {Kind.NODES: 3 + DRAWS, Kind.EDGES: 5 + DRAWS}
+    passes = 3.0 * traced.steps * sites * len(settings.kinds)
+    for kind in settings.kinds:
+        of = nodes * nodes // 2 if kind is Kind.EDGES else nodes * positions
+        copies = [(min(size, nodes) + nodes) / 2 / (sites + 1) if kind is Kind.EDGES else 0 for size in sizes(of)]
+        passes += 2 * orders[kind] * sum(1 + each for each in copies)
+    return passes * tokens * seconds_per_token(model, prepared)
 
 
 def place_prompts(

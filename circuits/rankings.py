@@ -3,7 +3,8 @@
 1. Nodes: every (site, place, latent) that changes on some prompt, with its mean attribution over the prompts (by the
    estimator at hand) and its mean activation, |f - f'|. The circuit takes them by |attribution|.
 2. Edges run between candidates: the strongest nodes of each site by |attribution|, the token embeddings and the
-   behaviour. Each has its mean contribution over the prompts (circuits.edges).
+   behaviour. Each has its mean contribution over the prompts, averaged along the path to the baseline (circuits.edges):
+   where either of two inputs would do, neither has a gradient at the clean prompt.
 3. A circuit of edges takes whole paths: an edge counts what the strongest path through it carries, from an embedding
    (or an error node, where these are kept) to the behaviour. What a node carries is divided over its in-edges by their
    shares of |contribution|, as in circuits.graph; the best ways in and out of every node are found in execution order.
@@ -23,16 +24,7 @@ import torch
 from torch import Tensor
 
 from circuits.ablation import EMBEDDING, Nodes
-from circuits.edges import (
-    EMBEDDING_SITE,
-    REST,
-    Edges,
-    Sources,
-    Targets,
-    behaviour_edges,
-    edges,
-    embeddings_apart,
-)
+from circuits.edges import EMBEDDING_SITE, REST, Edges, Sources, Targets, edges, embeddings_apart
 from circuits.graph import embedding_id, latent_id
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.errors import MediationError
@@ -45,6 +37,8 @@ from mediation.prompts import Batch
 from mediation.sites import Stream
 from mediation.subject import SubjectModel
 from mediation.trace import Prepared, TraceSettings, role_of
+
+LINK_STEPS = 3  # points of the path over which edges are averaged; with the clean prompt alone half of an or's are lost
 
 
 @dataclass(frozen=True)
@@ -191,10 +185,10 @@ def score_edges(
             node = table[place[state.row, state.position], state.latent]
             picked.append(Targets.latents(state, gradient, (node >= 0).nonzero()[:, 0]))
             into.append(node[node >= 0])
-        between = edges(model, batch, sources, picked, chunk=settings.chunk)
+        between = edges(model, batch, sources, picked, chunk=settings.chunk, steps=LINK_STEPS)
         _add(found, between, torch.cat(into), tables, place)
         last = torch.full((len(batch),), n, device=chosen.device)
-        _add(found, behaviour_edges(model, batch, sources, steps=settings.steps), last, tables, place)
+        _add(found, edges(model, batch, sources, [Targets.behaviour(batch)], steps=settings.steps), last, tables, place)
     for total in (found.contribution, found.errors, *([each[:n_places] for each in ends] if embedded else ())):
         total /= len(prepared.prompts)
     return found

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mediation.errors import MediationError
+from mediation.products import use_fast_products
 
 app = typer.Typer(
     help="Find which facts a language model actually used.\n\n"
@@ -52,6 +53,9 @@ def trace(
     baseline: Annotated[str, typer.Option(help="What a latent is set to: corrupt, zero or mean.")] = "corrupt",
     behaviour: Annotated[str, typer.Option(help="What is measured: logit_diff or logprob.")] = "logit_diff",
     estimator: Annotated[str, typer.Option(help="What ranks the nodes: atp, ig or exact.")] = "ig",
+    semantics: Annotated[
+        str, typer.Option(help="Edges: gradient (the model as it is) or linear (patterns and norms held: they add up).")
+    ] = "gradient",
     steps: Annotated[int, typer.Option(help="Points of ig's path integral.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Prompts in a forward at most; fewer where memory asks it.")] = 16,
     memory: Annotated[
@@ -71,7 +75,7 @@ def trace(
 
     source = commands.Source(model, tuple(saes), str(prompts), device, allow_download)
     chosen = {
-        "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "steps": steps,
+        "baseline": baseline, "behaviour": behaviour, "estimator": estimator, "semantics": semantics, "steps": steps,
         "batch_size": batch_size, "sample": sample, "top": top, "seed": seed,
     }  # fmt: skip
     _finish(commands.trace_command(source, chosen, out, memory=memory, quiet=as_json), as_json)
@@ -320,6 +324,7 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a MediationError becomes one sentence and exit code 2."""
     run: Callable[..., Any] = app
+    use_fast_products()
     try:
         run(arguments)
     except MediationError as error:

@@ -26,7 +26,7 @@ from circuits.graph import AttributionGraph
 from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
 from circuits.prompt_graph import node_ids, prompt_graph
-from circuits.proof import Kind, ProofSettings, prove
+from circuits.proof import Kind, ProofSettings, proof_seconds, prove
 from circuits.pruning import Keep, prune
 from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
 from circuits.viewer.page import render
@@ -39,6 +39,7 @@ from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.explanations import import_explanations
 from mediation.facts import FactSettings, find_hidden_facts
+from mediation.frozen import Semantics
 from mediation.heads import Heads
 from mediation.labelling import label_readers, label_seconds
 from mediation.labels import load_labels, update_labels
@@ -270,6 +271,11 @@ def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[st
     discovery, evaluation = discovery[: chosen["prompts"]], evaluation[: chosen["prompts"]]
     model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
     dictionaries = load_dictionaries(source, str(model.device), model)
+    prepared = prepare(discovery, model, dictionaries, traced)
+    _, traced, cost = fit(model, dictionaries, prepared, traced, None)
+    if not quiet:
+        cost = replace(cost, seconds=proof_seconds(model, prepared, len(dictionaries), traced, settings))
+        report.proving(len(discovery), len(evaluation), str(cost))
     with run.timed("proof"), report.bar("circuits", quiet) as tick:
         proof = prove(model, dictionaries, discovery, evaluation, traced, settings, progress=tick)
     table, summary = proof.table(seed=settings.seed), proof.summary(seed=settings.seed)
@@ -623,7 +629,9 @@ def bench_facts_command(
 
 
 def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:
-    enums: dict[str, type[StrEnum]] = {"baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator}
+    enums: dict[str, type[StrEnum]] = {
+        "baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator, "semantics": Semantics,
+    }  # fmt: skip
     settings: dict[str, Any] = {k: _choice(enums[k], v, k) if k in enums else v for k, v in chosen.items()}
     return TraceSettings(**settings)
 

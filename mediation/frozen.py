@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,19 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mediation.loading import ARCHITECTURES
-from mediation.subject import SubjectModel, with_forward
+from mediation.subject import SubjectModel, own_forward, with_forward
 
 SMALLEST = 1e-12  # below this |z| the factor act(z) / z is taken as 0: all families' act(0) is 0
+
+
+class Semantics(StrEnum):
+    """Which Jacobian an edge uses."""
+
+    GRADIENT = "gradient"
+    """The model as it is. First order: right for small changes, and where the model is not curved. The default."""
+    LINEAR = "linear"
+    """Attention patterns, norms' divisors and MLP factors held: edges add up exactly; what moves those is not seen.
+    Only a log-probability's normaliser, and the soft-cap of Gemma 2's logits, stay curved."""
 
 
 class Frozen:
@@ -75,9 +86,9 @@ class Frozen:
         with ExitStack() as undo:
             for norm in self._norms:
                 rule = _layer_norm if isinstance(norm, nn.LayerNorm) else _rms_norm
-                undo.enter_context(with_forward(norm, partial(rule, norm, norm.forward, hold)))
+                undo.enter_context(with_forward(norm, partial(rule, norm, own_forward(norm), hold)))
             for part in self._activations:
-                undo.enter_context(with_forward(part, partial(activation, part, part.forward, hold)))
+                undo.enter_context(with_forward(part, partial(activation, part, own_forward(part), hold)))
             for kind in kinds:
                 own = ALL_ATTENTION_FUNCTIONS.get(kind)
                 ALL_ATTENTION_FUNCTIONS[kind] = partial(_attention, own, hold)

@@ -26,6 +26,7 @@ from mediation.sites import Site
 from mediation.subject import SubjectModel
 
 ENCODE_TOKENS = 512  # tokens encoded at a time: the only dense [tokens, d_sae] block ever held
+SHORTEST_PREFIX = 8  # fewer positions than that are computed again rather than kept
 
 
 @dataclass
@@ -105,6 +106,18 @@ def free_positions(batch: Batch, baseline: Baseline) -> Tensor:
     free = real.clone()
     free[:, 0] = False
     return free
+
+
+def first_free(batch: Batch, free: Tensor) -> Tensor:
+    """Long [B]: positions before it are the same in clean and baseline run and need not be run again (`Prefix`).
+
+    free [B, T] as `free_positions` has it. 0 where the saving would not pay, and never beyond a position whose logits
+    the behaviour needs.
+    """
+    begins = free.int().argmax(dim=1)
+    scored = torch.where(batch.target_signs != 0, batch.target_positions, begins[:, None])
+    begins = torch.minimum(begins, scored.min(dim=1).values)
+    return torch.where(begins >= SHORTEST_PREFIX, begins, 0)
 
 
 def mean_state(model: SubjectModel, batches: list[Batch], dictionary: Dictionary) -> MeanState:

@@ -73,6 +73,11 @@ def opening(model: SubjectModel, dictionaries: Sequence[Dictionary], prompts: Pr
     )
 
 
+def proving(chosen_on: int, measured_on: int, cost: str) -> None:
+    """What is about to be proven, and what it will cost."""
+    console.print(f"Circuits chosen on {chosen_on} prompts, measured on {measured_on} others; {cost}.")
+
+
 def trace(result: dict[str, Any], model: SubjectModel) -> None:
     """Total effect, trust figures, top latents."""
     effect = result["total_effect"]

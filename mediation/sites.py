@@ -30,6 +30,9 @@ class Stream(StrEnum):
     MLP_OUT = "mlp_out"
 
 
+RESIDUAL = (Stream.RESID_PRE, Stream.RESID_POST)
+"""Streams that are the whole residual: nothing later depends on what came before but through them."""
+
 _ORDER = (Stream.RESID_PRE, Stream.ATTN_Z, Stream.ATTN_OUT, Stream.MLP_IN, Stream.MLP_OUT, Stream.RESID_POST)
 _STEP = {stream: step for step, stream in enumerate(_ORDER)}
 _HOOKS = {stream: f"hook_{stream}" for stream in Stream}

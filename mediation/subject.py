@@ -8,6 +8,7 @@
    since the parameters are frozen) becomes a leaf, so that whatever comes later can be differentiated with
    respect to it. A site that is ``cut`` always goes on as a new leaf, so that no path crosses it; what arrived
    there is kept, with its graph, where it is read too. Without ``logits`` the trace stops after the last site.
+   Positions that stay as they are can be a `prefix`, run once: only what comes after it is computed.
 4. `prove` runs three tokens when a model is loaded: writing each site's own value back changes no logit;
    resid_post of layer l is resid_pre of layer l + 1; resid_pre + attn_out + mlp_out is resid_post. It then
    writes the negative of every site and asks the last two again, which catches a write without effect.
@@ -19,14 +20,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.source import Controller
 from torch import Tensor
+from transformers import DynamicCache
 
 from mediation.errors import MediationError
 from mediation.loading import ARCHITECTURES, ModelFiles, load_module, load_tokenizer, reason, resolve
@@ -47,6 +50,26 @@ class Forward:
     logits: Tensor | None
     sites: dict[Site, Tensor]
     leaves: dict[Site, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What later positions see of the first `length` ones: keys and values ``[batch, heads, length, d_head]`` of
+    every layer."""
+
+    length: int
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def take(self, rows: Tensor, length: int) -> Prefix:
+        """The first `length` positions of these sequences, long [n]."""
+        return Prefix(length, tuple((k[rows, :, :length], v[rows, :, :length]) for k, v in self.layers))
+
+    def cache(self) -> DynamicCache:
+        """A new cache for one forward pass, which adds to it."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, layer)
+        return cache
 
 
 class SubjectModel:
@@ -234,6 +257,15 @@ class SubjectModel:
 
     # Forward
 
+    def prefix(self, tokens: Tensor) -> Prefix:
+        """The first positions of sequences, ids ``[batch, length]`` without padding; equal ones are run once."""
+        distinct, which = tokens.unique(dim=0, return_inverse=True)
+        cache = DynamicCache()
+        with torch.no_grad():
+            self.module(input_ids=distinct.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]
+        return Prefix(tokens.shape[1], tuple((k[which.to(k.device)], v[which.to(v.device)]) for k, v in layers))
+
     def forward(
         self,
         tokens: Tensor,
@@ -244,6 +276,7 @@ class SubjectModel:
         cut: Sequence[Site] = (),
         positions: Tensor | None = None,
         start: Site | None = None,
+        prefix: Prefix | None = None,
         grad: bool = False,
         logits: bool = True,
     ) -> Forward:
@@ -261,6 +294,8 @@ class SubjectModel:
                 n_keep]``; None for all of them.
             start: A residual site whose value does not depend on what comes before, since `edit` replaces it: the
                 blocks before its own are passed over.
+            prefix: What came before `tokens`, as `SubjectModel.prefix` found it; positions are then counted, and
+                values read and edited, from its end on, and the mask covers both.
             grad: Keep the graph. The earliest read site's value, after its edit, is a leaf that requires grad
                 (unless an edit brought a graph of its own); everything later is computed from it, so
                 ``torch.autograd.grad(m, [fwd.sites[s] for s in read])`` works.
@@ -283,7 +318,9 @@ class SubjectModel:
         self._check(visits)
         if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise MediationError("the mask has padding before a token: pad prompts on the right.")
-        inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        if prefix is not None:
+            inputs["past_key_values"] = prefix.cache()
         if positions is not None:
             inputs["logits_to_keep"] = positions.to(self.device)
         values: dict[Site, Tensor] = {}
@@ -355,15 +392,27 @@ class SubjectModel:
 
 @contextmanager
 def with_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in place of the module's own; what the module had of its own, as nnsight's, comes back."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
+    """`forward` in place of the module's own, inside what nnsight has put around that to read and edit its values."""
+    around = vars(module).get("forward")
+    if isinstance(around, Controller):
+        own, around.state.body = around.state.body, lambda _, *args, **kwargs: forward(*args, **kwargs)
+    else:
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        del vars(module)["forward"]
-        if before is not None:
-            vars(module)["forward"] = before
+        if isinstance(around, Controller):
+            around.state.body = own
+        else:
+            del vars(module)["forward"]
+            if around is not None:
+                vars(module)["forward"] = around
+
+
+def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module's forward without what nnsight has put around it."""
+    around = vars(module).get("forward")
+    return partial(around.state.body, module) if isinstance(around, Controller) else module.forward
 
 
 def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -30,6 +30,7 @@ from mediation.effects import effects, total_effect
 from mediation.errors import MediationError
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, exact
 from mediation.estimators.common import contract, states_and_gradients
+from mediation.frozen import Semantics
 from mediation.nodes import MeanState, SiteState, mean_state, site_states
 from mediation.prompts import Baseline, Batch, Example, Half, PromptSet, batches, tokenize
 from mediation.runs import Run
@@ -47,6 +48,7 @@ class TraceSettings:
     baseline: Baseline = Baseline.CORRUPT
     behaviour: Behaviour = Behaviour.LOGIT_DIFF
     estimator: Estimator = Estimator.IG
+    semantics: Semantics = Semantics.GRADIENT
     steps: int = 16
     batch_size: int = 16
     chunk: int = 64

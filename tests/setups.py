@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def random_dictionary(
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     sae.save_model(folder)
     return Dictionary.load(folder)
+
+
+def alike(lengths: Sequence[int] = (14, 12, 16), first: Sequence[int] = (9, 8, 12)) -> Batch:
+    """Contrast pairs whose eight first tokens are the same in all, and that differ from token `first` on."""
+    generator = torch.Generator().manual_seed(5)
+    start, examples = torch.randint(3, 60, (8,), generator=generator).tolist(), []
+    for row, (length, at) in enumerate(zip(lengths, first, strict=True)):
+        clean = start + torch.randint(3, 60, (length - 8,), generator=generator).tolist()
+        corrupt = [*clean[:at], (clean[at] + 5) % 60 + 3, *clean[at + 1 :]]
+        examples.append(Example(row, clean, corrupt, [(length - 1, 10, 1), (length - 1, 11, -1)], [""] * length))
+    return collate(examples)
 
 
 def pairs(n: int = 4, *, longest: int = 8, corrupt: bool = True, vocab: int = 60, seed: int = 0) -> list[Example]:

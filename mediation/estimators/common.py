@@ -13,7 +13,7 @@ from mediation.dictionaries import Dictionary
 from mediation.nodes import MeanState, SiteState, site_states
 from mediation.prompts import Baseline, Batch
 from mediation.sites import Site
-from mediation.subject import SubjectModel
+from mediation.subject import Prefix, SubjectModel
 
 Edits = Mapping[Site, Callable[[Tensor], Tensor]]
 GATHER_NODES = 16_384  # nodes contracted at a time; bounds the [nodes, d_model] gather
@@ -41,26 +41,45 @@ class NodeScores:
         return total + self.error.double().sum(dim=1)
 
 
-def behaviour(model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False) -> Tensor:
-    """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten."""
+def behaviour(
+    model: SubjectModel, batch: Batch, edit: Edits | None = None, *, corrupt: bool = False, start: Site | None = None
+) -> Tensor:
+    """The behaviour m of every row, [B], fp32, with the sites in `edit` rewritten; `start` as in `forward`."""
     tokens = batch.corrupt if corrupt else batch.clean
     assert tokens is not None  # tokenize() has refused prompts without a corrupt side
     kept = keep_positions(batch)
     with torch.no_grad():
-        logits = model.forward(tokens, batch.mask, edit=edit, positions=kept).logits
+        logits = model.forward(tokens, batch.mask, edit=edit, positions=kept, start=start).logits
         assert logits is not None
         return score(logits, batch, kept)
 
 
 def behaviour_gradient(
-    model: SubjectModel, batch: Batch, sites: Sequence[Site], edit: Edits | None = None
+    model: SubjectModel,
+    batch: Batch,
+    sites: Sequence[Site],
+    edit: Edits | None = None,
+    *,
+    start: Site | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """m [B] and its gradient [B, T, d] at each site, from one forward and one backward.
 
-    Rows are independent sequences, so the gradient of the sum over rows is each row's own.
+    Rows are independent sequences, so the gradient of the sum over rows is each row's own. `start` and `prefix` are
+    what `SubjectModel.forward` may pass over; edits and gradients are then of the positions after the prefix.
     """
     kept = keep_positions(batch)
-    forward = model.forward(batch.clean, batch.mask, read=sites, edit=edit, positions=kept, grad=True)
+    begin = 0 if prefix is None else prefix.length
+    forward = model.forward(
+        batch.clean[:, begin:],
+        batch.mask,
+        read=sites,
+        edit=edit,
+        positions=kept - begin,
+        start=start,
+        prefix=prefix,
+        grad=True,
+    )
     assert forward.logits is not None
     m = score(forward.logits, batch, kept)
     gradients = torch.autograd.grad(m.sum(), [forward.sites[site] for site in sites])

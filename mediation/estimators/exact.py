@@ -2,7 +2,7 @@
 
 Algorithm
 1. For node i at (row, position): x <- x - (f_i - f'_i) w_i there; for an error node x <- x - (eps - eps').
-2. Run the model onwards and take m(clean) - m(patched). Nodes of any rows share a forward.
+2. Run the model onwards, from a residual site on, and take m(clean) - m(patched). Nodes of any rows share a forward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from mediation.estimators.common import EstimatorSettings, NodeScores, behaviour
 from mediation.nodes import SiteState
 from mediation.prompts import Batch
+from mediation.sites import RESIDUAL
 from mediation.subject import SubjectModel
 
 
@@ -57,9 +58,7 @@ def _patched(
     model: SubjectModel, batch: Batch, state: SiteState, rows: Tensor, positions: Tensor, patch: Tensor
 ) -> Tensor:
     """The behaviour with one node per sequence set to its baseline, [len(rows)]."""
-    index = torch.arange(len(rows), device=rows.device)
-
-    def subtract(x: Tensor) -> Tensor:
-        return x.index_put((index, positions), -patch, accumulate=True)
-
-    return behaviour(model, batch.rows(rows), {state.dictionary.site: subtract})
+    index, site = torch.arange(len(rows), device=rows.device), state.dictionary.site
+    patched = state.x[rows].index_put((index, positions), -patch, accumulate=True)
+    start = site if site.stream in RESIDUAL else None
+    return behaviour(model, batch.rows(rows), {site: lambda _: patched}, start=start)

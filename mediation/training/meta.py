@@ -24,7 +24,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class _Way:
 
     width: int | None = None
     k: int | None = None
+    restarts: int = RESTARTS
 
     def train(self, rows: Tensor, seed: int, tick: Tick, base_hash: str | None = None) -> MetaDictionary:
         if self.width is None or self.k is None:
@@ -81,7 +82,7 @@ class _Way:
             width=self.width,
             k=self.k,
             steps=STEPS,
-            restarts=RESTARTS,
+            restarts=self.restarts,
             seed=seed,
             base_hash=base_hash,
             progress=tick,
@@ -125,13 +126,15 @@ def train_meta(
     width: int | None = None,
     k: int | None = None,
     weights: str = "uniform",
+    restarts: int = RESTARTS,
     seed: int = 0,
     progress: Progress = lambda stage, done, of: None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Steps 1 to 3, into the folder `out`, which must be new or empty. Returns the figures.
 
-    weights: "uniform", or "use": rows are drawn as often as their latents fire. announce: gets one line on what is
+    weights: "uniform", or "use": rows are drawn as often as their latents fire. restarts: of a sparse training whose
+    width or k is given; the best counts. announce: gets one line on what is
     about to be done and about how long it takes. progress: called with (stage, done, of) of that stage's training.
     """
     if weights not in WEIGHTS:
@@ -146,7 +149,7 @@ def train_meta(
         raise MediationError(
             f"Rows cannot be weighted by use: not every folder has a {SPARSITY_FILENAME}; use --weights uniform."
         )
-    given = _sparse(len(rows), width, k) if width or k or use is not None else None
+    given = replace(_sparse(len(rows), width, k), restarts=restarts) if width or k or use is not None else None
     announce(f"{len(rows)} rows of width {rows.shape[1]}; about {_estimate(rows, given is not None):.0f} s")
 
     def tick(stage: str) -> Tick:

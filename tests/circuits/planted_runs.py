@@ -14,7 +14,9 @@ from mediation.runs import Run
 LOW, HIGH = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
 NODES = {"a": (LOW, "subject", 1), "b": (LOW, "subject", 2), "c": (HIGH, "end", 3), "e": (HIGH, "end", None)}
 LENGTH = 6
-SETTINGS: dict[str, Any] = {"baseline": "corrupt", "behaviour": "logit_diff", "estimator": "ig"}
+SETTINGS: dict[str, Any] = {
+    "baseline": "corrupt", "behaviour": "logit_diff", "estimator": "ig", "semantics": "gradient",
+}  # fmt: skip
 
 
 def node_id(name: str, position: int | str | None = None) -> str:

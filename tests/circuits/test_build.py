@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 import torch
 
 from circuits.build import build_graph
+from circuits.edges import Sources, Targets, edges
 from circuits.graph import TARGET, AttributionGraph, NodeKind
 from circuits.prompt_graph import prompt_graph
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
-from mediation.prompts import Half, PromptSet
+from mediation.frozen import Semantics
+from mediation.nodes import site_states
+from mediation.prompts import Baseline, Half, PromptSet
 from mediation.runs import Run
 from mediation.sites import Site
 from mediation.subject import SubjectModel
@@ -43,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[AttributionGraph, R
 
 
 def run_of(
-    folder: Path, model: SubjectModel, found: list[Dictionary], rows: list[dict], **chosen: int
+    folder: Path, model: SubjectModel, found: list[Dictionary], rows: list[dict], **chosen: Any
 ) -> tuple[AttributionGraph, Run]:
     settings = TraceSettings(**({"sample": 40, "batch_size": 2, "steps": 48} | chosen))
     prepared = prepare(PromptSet.from_rows(rows), model, found, settings)
@@ -97,6 +101,23 @@ def test_a_sites_errors_that_carry_much_are_warned_of(built: tuple[AttributionGr
     assert graph.meta["warnings"] == warnings
     assert error_warnings({"quiet": 0.2, "loud": 0.21})[0].startswith("21% of the attribution at loud")
     assert len(error_warnings({"quiet": 0.2, "loud": 0.21})) == 1
+
+
+def test_a_linear_graph_has_the_edges_of_the_linear_model(tmp_path: Path) -> None:
+    """Of the behaviour, whose in-edges are all kept; under the zero baseline no position is without a source."""
+    model, found = tiny(tmp_path / "model"), dictionaries(tmp_path)
+    chosen: dict[str, Any] = {"semantics": Semantics.LINEAR, "baseline": Baseline.ZERO}
+    _, run = run_of(tmp_path / "run", model, found, ROWS[:1], top=500, **chosen)
+    (batch,) = prepare(PromptSet.from_rows(ROWS[:1]), model, found, TraceSettings(**chosen)).batches
+    sources = [Sources.of(state) for state in site_states(model, batch, found, Baseline.ZERO)]
+    sources.append(Sources.embeddings(model, batch, Baseline.ZERO))
+    gradient, linear = (
+        edges(model, batch, sources, [Targets.behaviour(batch)], semantics=each).table() for each in Semantics
+    )
+    stored = run.read("edges").filter(pl.col("target") == TARGET).join(linear, on="source")
+    assert len(stored) == len(linear)
+    assert (stored["weight"] - stored["weight_right"]).abs().max() < 1e-5
+    assert (linear["weight"] - gradient["weight"]).abs().max() > 1e-2
 
 
 def test_what_may_be_missed_is_stored_beside_the_graph(built: tuple[AttributionGraph, Run]) -> None:

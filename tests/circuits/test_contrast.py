@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 
 from circuits.contrast import Contrast, contrast
 from circuits.graph import TARGET
+from mediation.commands import Source, trace_command
 from mediation.errors import MediationError
 from mediation.prompts import Half
 from mediation.runs import Run
 from mediation.statistics import mean_difference
 from tests.circuits.planted_runs import HIGH, LOW, NODES, node_id, planted_run
+from tests.setups import random_dictionary, tiny
 
 ENDS = (("embed", "a"), ("a", "c"), ("b", "c"), ("c", TARGET), ("e", TARGET))
 
@@ -65,6 +68,39 @@ def test_a_planted_difference_is_found_with_its_sign_and_nothing_else(tmp_path: 
     assert node(back, "a")["difference"] == pytest.approx(-node(found, "a")["difference"])
     if found.paired:
         assert node(back, "a")["p"] == node(found, "a")["p"]
+
+
+@pytest.mark.filterwarnings("ignore::mediation.errors.FidelityWarning")
+def test_a_model_against_one_with_the_answers_exchanged_is_twice_itself(tmp_path: Path) -> None:
+    """The second model's unembedding has the rows of the two answers exchanged: its effects are the opposite."""
+    first = tiny(tmp_path / "first")
+    second = tiny(tmp_path / "second")
+    answers = [second.encode(word)[-1] for word in ("w3", "w4")]
+    unembedding = second.module.get_output_embeddings().weight.data
+    unembedding[answers] = unembedding[answers[::-1]]
+    second.save(tmp_path / "second")
+    saes = [f"blocks.{layer}.hook_resid_pre" for layer in (1, 2)]
+    for seed, name in enumerate(saes):
+        random_dictionary(tmp_path / "saes" / name, name, d_sae=12, seed=seed)
+    rows = [
+        {"clean": f"w1 w{k} w9 w20", "corrupt": f"w1 w{k + 20} w9 w20", "answer": " w3", "wrong_answer": " w4"}
+        for k in range(10, 26)
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    runs = []
+    for model in (first, second):
+        folder = tmp_path / f"run-{len(runs)}"
+        source = Source(str(tmp_path / model.name), (str(tmp_path / "saes"),), str(prompts), "cpu")
+        trace_command(source, {"steps": 4, "sample": 4, "top": 6}, folder, quiet=True)
+        runs.append(Run.open(folder))
+    found = contrast(*runs)
+    assert found.paired
+    for table, least in ((found.nodes, 12), (found.edges, 20)):
+        assert len(table) >= least
+        scale = float(table["first"].abs().max())
+        assert (table["second"] + table["first"]).abs().max() < 1e-3 * scale
+        assert (table["difference"] - 2 * table["first"]).abs().max() < 2e-3 * scale
 
 
 def test_only_evaluation_prompts_count_and_p_is_that_of_their_values(tmp_path: Path) -> None:

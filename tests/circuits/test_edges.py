@@ -25,26 +25,26 @@ from circuits.edges import (
     Edges,
     Output,
     Plan,
-    Semantics,
     Sources,
     Targets,
     _jobs,
     _passes,
     _split,
-    behaviour_edges,
     edges,
+    first_sources,
     mean_embedding,
 )
 from mediation.dictionaries import Coordinates
 from mediation.effects import total_effect
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour, behaviour_gradient
-from mediation.frozen import Frozen
+from mediation.frozen import Frozen, Semantics
+from mediation.loading import ARCHITECTURES
 from mediation.nodes import SiteState, site_states
 from mediation.prompts import Baseline, Batch, Example, collate
 from mediation.sites import Site, Stream
 from mediation.subject import SubjectModel
-from tests.setups import pairs, random_dictionary, tiny
+from tests.setups import alike, pairs, random_dictionary, tiny
 from tests.tiny_models import D_MODEL, VOCAB
 
 MIX = (
@@ -83,8 +83,10 @@ def make_batch() -> Batch:
     return collate(examples)
 
 
-def build(folder: Path, kind: str, baseline: Baseline, names: tuple[str, ...] = MIX) -> Setting:
-    model, batch = tiny(folder / kind, kind), make_batch()
+def build(
+    folder: Path, kind: str, baseline: Baseline, names: tuple[str, ...] = MIX, batch: Batch | None = None
+) -> Setting:
+    model, batch = tiny(folder / kind, kind), batch or make_batch()
     kinds = ("standard", "jumprelu")
     dictionaries = [
         random_dictionary(
@@ -265,7 +267,7 @@ def test_a_latents_target_is_its_pre_activation(setting: Setting) -> None:
 # Sums --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 @pytest.mark.parametrize("baseline", [Baseline.CORRUPT, Baseline.ZERO])
 def test_linear_in_edges_and_constant_are_the_targets_value(tmp_path: Path, kind: str, baseline: Baseline) -> None:
     """Latents, errors, embeddings and the constant; the behaviour's log-softmax is the one part that bends."""
@@ -281,7 +283,7 @@ def test_linear_in_edges_and_constant_are_the_targets_value(tmp_path: Path, kind
     assert torch.allclose(bent.value, found.value, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 def test_doubling_a_latent_moves_everything_by_its_column(tmp_path: Path, kind: str) -> None:
     """100 random nodes; the non-linearities frozen and every other site held, as circuit-tracer is tested."""
     model, batch, states, sources, _ = build(tmp_path, kind, Baseline.ZERO)
@@ -354,7 +356,7 @@ def test_gap_vanishes_quadratically_as_the_perturbation_shrinks(setting: Setting
 def test_behaviour_edges_along_the_path_sum_to_the_total_effect(tmp_path: Path, names: tuple[str, ...]) -> None:
     """Whatever sites there are: those that reach the behaviour directly carry all of it."""
     model, batch, states, sources, _ = build(tmp_path, "llama", Baseline.CORRUPT, names)
-    found = behaviour_edges(model, batch, sources, steps=48)
+    found = edges(model, batch, sources, [Targets.behaviour(batch)], steps=48)
     clean, off = total_effect(model, batch, states[0], Baseline.CORRUPT)
     assert torch.allclose(found.change, clean - off, atol=1e-4)
     assert torch.allclose(found.total, clean - off, atol=5e-3)
@@ -411,10 +413,11 @@ def on_rows(sources: Sources, rows: list[int]) -> Sources:
 @settings(deadline=None)
 @given(
     ends=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=30), min_size=1, max_size=4),
+    begins=st.lists(st.integers(0, 5), min_size=4, max_size=4),
     chunk=st.integers(1, 12),
 )
 def test_jobs_carry_every_target_once_on_its_row_and_within_their_length(
-    setting: Setting, ends: list[list[tuple[int, int]]], chunk: int
+    setting: Setting, ends: list[list[tuple[int, int]]], begins: list[int], chunk: int
 ) -> None:
     """Whatever targets at whatever places; jobs hold at most `chunk` prompts, passes one target of a row in a turn."""
     sources = setting.sources
@@ -432,13 +435,15 @@ def test_jobs_carry_every_target_once_on_its_row_and_within_their_length(
     ]
     plan = Plan.of(sorted(sources, key=lambda each: each.site.depth), targets)
     seen: list[list[int]] = [[] for _ in targets]
-    for job in _jobs(plan, batch, chunk):
+    for job in _jobs(plan, batch, torch.tensor(begins), chunk):
         assert 0 < len(job.rows) <= chunk
         used = set()
         for place, chosen, row in job.targets:
             seen[place] += chosen.tolist()
             assert torch.equal(job.rows[row], targets[place].row[chosen])
             assert (targets[place].position[chosen] < job.length).all()
+            assert (targets[place].position[chosen] >= job.begin).all()
+            assert job.begin <= min(begins[row] for row in job.rows.tolist())
             assert job.wall == (plan.reach[place] or [-1])[0]
             carried = []
             for some, turn in _passes(row, 3):
@@ -470,6 +475,20 @@ def test_a_prompts_targets_are_split_where_that_costs_least(ends: list[int], sta
     assert cost([[ends[each] for each in group] for group in found]) == pytest.approx(best)
 
 
+def test_in_edges_averaged_along_the_path_sum_to_the_targets_change(setting: Setting) -> None:
+    """Where the gradient at the clean prompt leaves a gap; whatever the chunk. A path of one step has its middle."""
+    model, batch, _, sources, targets = setting
+    clean = edges(model, batch, sources, targets)
+    found = edges(model, batch, sources, targets, steps=24)
+    scale = clean.change.abs().max()
+    assert clean.gap.abs().max() > 1e-2 * scale
+    assert found.gap.abs().max() < 2e-4 * scale
+    assert torch.allclose(found.value, clean.value, atol=1e-5)
+    same(by_id(edges(model, batch, sources, targets, steps=24, chunk=3)), by_id(found))
+    with pytest.raises(MediationError, match="leave steps out"):
+        edges(model, batch, sources, targets, steps=4, semantics=Semantics.LINEAR)
+
+
 def test_keep_leaves_the_strongest_and_totals_count_all(setting: Setting) -> None:
     model, batch, _, sources, targets = setting
     full = edges(model, batch, sources, targets)
@@ -492,6 +511,32 @@ def test_a_sink_is_given_every_edge_once(setting: Setting) -> None:
     frame = pl.concat([each.frame() for each in given]).sort("target", maintain_order=True)
     for name in ("target", "source", "position", "latent", "weight"):
         assert frame[name].to_list() == getattr(full, name).tolist()
+
+
+@pytest.mark.parametrize("semantics", Semantics)
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_positions_before_the_first_source_are_run_once_and_change_nothing(
+    tmp_path: Path, kind: str, semantics: Semantics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that begin alike, and to differ from their counterparts at the 10th, 9th and 13th token."""
+    setting = build(tmp_path, kind, Baseline.CORRUPT, batch=alike())
+    model, batch, _, sources, targets = setting
+    tokens = []
+    run = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, *args, **kw: tokens.append(ids.numel()) or run(ids, *args, **kw))
+
+    def found() -> tuple[dict, dict]:
+        along = edges(model, batch, sources, targets, steps=3)
+        return by_id(edges(model, batch, sources, targets, semantics=semantics)), by_id(along)
+
+    assert first_sources(sources, batch).tolist() == [9, 8, 12]
+    saved, run_saved = found(), sum(tokens)
+    tokens.clear()
+    monkeypatch.setattr("mediation.nodes.SHORTEST_PREFIX", 1000)
+    whole = found()
+    assert run_saved < 0.7 * sum(tokens)
+    for short, long in zip(saved, whole, strict=True):
+        same(short, long)
 
 
 # Edges of the definition -------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from mediation.dictionaries import Dictionary, Split
 from mediation.effects import effects, total_effect
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, atp, exact, ig
 from mediation.estimators.common import contract, states_and_gradients
-from mediation.nodes import mean_state, site_states
+from mediation.nodes import first_free, mean_state, site_states
 from mediation.prompts import Baseline, Example, collate
 from mediation.subject import SubjectModel
-from tests.setups import batch_of, linear_model, pairs, random_dictionary, shared_data, tiny
+from tests.setups import alike, batch_of, linear_model, pairs, random_dictionary, shared_data, tiny
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_mlp_out")
 SETTINGS = EstimatorSettings(steps=16, chunk=7)
@@ -70,6 +70,19 @@ def test_all_estimators_agree_on_a_linear_model(
         assert len(state.row) > 20
         assert close(a, c, 1e-5)
         assert close(b, c, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_what_comes_before_the_first_difference_is_run_once_and_changes_nothing(
+    tmp_path: Path, dictionaries: list[Dictionary], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny(tmp_path, kind), alike()
+    states = site_states(model, batch, dictionaries, Baseline.CORRUPT)
+    assert [int(first_free(batch, state.free).min()) for state in states] == [8, 8, 8]
+    short = ig(model, batch, states, SETTINGS)
+    monkeypatch.setattr("mediation.nodes.SHORTEST_PREFIX", 1000)
+    for few, all_positions in zip(short, ig(model, batch, states, SETTINGS), strict=True):
+        assert close(few, all_positions, 1e-4)
 
 
 @pytest.mark.parametrize("baseline", list(Baseline))

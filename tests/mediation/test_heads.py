@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from circuits.calibration import exact_edges
-from circuits.edges import Semantics, Sources, Targets, edges
+from circuits.edges import Sources, Targets, edges
 from mediation.dictionaries import Coordinates, Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import EstimatorSettings, exact
 from mediation.estimators.common import behaviour, behaviour_gradient, contract
+from mediation.frozen import Semantics
 from mediation.heads import Heads
 from mediation.nodes import mean_state, site_states
 from mediation.prompts import Baseline

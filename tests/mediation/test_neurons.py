@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuits.edges import Semantics, Sources, Targets, edges
+from circuits.edges import Sources, Targets, edges
 from mediation.dictionaries import Coordinates
 from mediation.errors import MediationError
+from mediation.frozen import Semantics
 from mediation.neurons import Neurons
 from mediation.nodes import site_states
 from mediation.prompts import Baseline

@@ -8,8 +8,8 @@
      dictionary makes encoder and decoder alike in size first, so that both fit the format. From here on everything
      is measured on the files as they are shipped.
   4. A meta-dictionary on the rows of each, of a sixteenth as many meta-latents as there are rows and 4 codes a row
-     (the published recipe has a twentieth), in 8 bits too; and labels for latents and meta-latents, with the strongest
-     context of each. `mediation label` and `mediation train meta` make larger ones.
+     (the published recipe has a twentieth), from one start, in 8 bits too; and labels for latents and meta-latents,
+     with the strongest context of each. `mediation label` and `mediation train meta` make larger ones.
   5. Fidelity of every site on held-out text and on held-out facts, into `figures.json`.
 
     python examples/packs/smollm2/make.py --text FILE [FILE ...] --facts LRE_FOLDER PARAREL_FOLDER --work DIR --out DIR
@@ -40,6 +40,7 @@ from mediation.errors import MediationError
 from mediation.labelling import label_readers
 from mediation.labels import save_labels
 from mediation.metalatents import MetaDictionary
+from mediation.products import use_fast_products
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import token_windows
@@ -53,7 +54,7 @@ D_SAE, K, TOKENS, BATCH, WINDOW, SEED = 8192, 48, 10_000_000, 2048, 128, 0
 SHARES = {"text": 0.68, "facts": 0.18, "chat": 0.12, "samples": 0.02}
 HELD_OUT_SHARE = 0.02
 META_WIDTH, META_K = D_SAE // 16, 4
-FIDELITY_WINDOWS, LABEL_TOKENS = 256, 500_000
+FIDELITY_WINDOWS, LABEL_TOKENS = 64, 100_000
 SAMPLED = 64  # texts sampled from the model at a time
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the pack")
     arguments.add_argument("--tokens", type=int, default=TOKENS)
     chosen = arguments.parse_args()
+    use_fast_products()
     saes = chosen.work / "saes"
     unseen = train(chosen, saes)
     model = SubjectModel.load(chosen.work / MODEL)
@@ -72,7 +74,7 @@ def main() -> None:
         shrink(saes / site.name, chosen.out / site.name)
         meta = chosen.work / "meta" / site.name
         if not meta.exists():
-            trained = train_meta([chosen.out / site.name], meta, width=META_WIDTH, k=META_K)
+            trained = train_meta([chosen.out / site.name], meta, width=META_WIDTH, k=META_K, restarts=1)
             print(f"meta-dictionary of {site}: {trained}", flush=True)
         shrink(meta, chosen.out / "meta" / site.name)
     label(model, chosen.text, chosen.out)
@@ -115,7 +117,7 @@ def shrink(source: Path, folder: Path) -> None:
 
 
 def label(model: SubjectModel, texts: list[Path], pack: Path) -> None:
-    """Step 4, for all sites in one pass over half a million tokens."""
+    """Step 4, for all sites in one pass over a hundred thousand tokens."""
     readers = [
         Reader(Dictionary.load(pack / site.name), MetaDictionary.load(pack / "meta" / site.name)) for site in SITES
     ]
