@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mediation.errors import MediationError
-from mediation.products import use_fast_products
 
 app = typer.Typer(
     help="Find which facts a language model actually used.\n\n"
@@ -37,7 +37,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of samples, controls and sp
 @app.command(epilog="Example: mediation demo --json")
 def demo(out: Out = None, as_json: Json = False) -> None:
     """Trace, inspect and flag on the embedded planted-fact model; about half a minute, nothing to download."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.demo(out, quiet=as_json), as_json)
 
@@ -71,7 +71,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which latents mediate a behaviour on a prompt set, by how much, how sure; and how they feed each other."""
-    from mediation import commands
+    commands = _commands()
 
     source = commands.Source(model, tuple(saes), str(prompts), device, allow_download)
     chosen = {
@@ -117,7 +117,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Which latents feed which, from a run: paths, a page (index.html), exports. Or a dictionary's quality."""
-    from mediation import commands
+    commands = _commands()
 
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
@@ -160,7 +160,7 @@ def contrast(
     as_json: Json = False,
 ) -> None:
     """What two prompt sets, or two models, use differently: nodes and edges of one run minus those of another."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.contrast_command(first, second, out, seed, quiet=as_json), as_json)
 
@@ -176,7 +176,7 @@ def flag(
     as_json: Json = False,
 ) -> None:
     """Which facts were used though no latent for them fired, with causal proof."""
-    from mediation import commands
+    commands = _commands()
 
     chosen = {"controls": controls, "parts": parts, "alpha": alpha, "seed": seed}
     _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
@@ -193,7 +193,7 @@ def prove(
     as_json: Json = False,
 ) -> None:
     """Does the model do it with the circuit alone? Nodes and edges kept and cut, on prompts they were not chosen on."""
-    from mediation import commands
+    commands = _commands()
 
     chosen = {"errors": errors, "top": top, "prompts": prompts, "edges": edges, "seed": seed}
     _finish(commands.prove_command(run, chosen, quiet=as_json), as_json)
@@ -216,7 +216,7 @@ def label(
     as_json: Json = False,
 ) -> None:
     """What latents mean: contexts and names scored on held-out text, or imported explanations; kept with the SAE."""
-    from mediation import commands
+    commands = _commands()
 
     if (explanations is None) == (model is None or not text):
         raise MediationError("Labels come from --model and --text together, or from --import; give one of the two.")
@@ -235,7 +235,7 @@ def organism(
     as_json: Json = False,
 ) -> None:
     """Make a model organism: a small model with planted facts, its SAEs and its meta-SAE."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.organism_command(seed, out, family, quiet=as_json), as_json)
 
@@ -263,11 +263,11 @@ def saes(
     as_json: Json = False,
 ) -> None:
     """SAEs at several sites from one pass over a text, in bounded memory; resumes after a kill."""
-    from mediation.training.commands import Corpus, saes_command
+    training = _commands("mediation.training.commands")
 
-    corpus = Corpus(tuple(text or ()), dataset, tokens, context, seed)
+    corpus = training.Corpus(tuple(text or ()), dataset, tokens, context, seed)
     chosen = {"d_sae": d_sae, "k": k, "architecture": architecture, "lr": lr, "batch": batch, "seed": seed}
-    _finish(saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
+    _finish(training.saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
 
 
 @bench.command(epilog="Example: mediation bench planted --organism organisms/7 --json")
@@ -278,7 +278,7 @@ def planted(
     as_json: Json = False,
 ) -> None:
     """Is the fact behind each opinion named right? On held-out people, against baselines."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
 
@@ -289,9 +289,33 @@ def bench_meta(
     as_json: Json = False,
 ) -> None:
     """Are the facts planted in decoder rows named right? Ways to decompose rows, over kinds of rows."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.bench_meta_command(quick=quick, quiet=as_json), as_json)
+
+
+@bench.command(name="facts", epilog="Example: mediation bench facts --model smollm2 --saes packs/smollm2 --json")
+def bench_facts(
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of them, or RELEASE:SAE_ID; repeat.")],
+    meta: Annotated[
+        list[Path] | None, typer.Option(help="Meta-SAE folder, or folder of them; without one it is trained.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="MEDIATION_DATA", help="Folder with pararel/, for more wordings.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of held-out countries.")] = 48,
+    width: Annotated[int, typer.Option(min=2, help="Meta-latents of the readings.")] = 150,
+    way: Annotated[list[str] | None, typer.Option(help="Only these ways to take latents apart; repeat.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which part of a country's latents answers which question about it? On held-out countries, by intervention."""
+    commands = _commands()
+
+    source = commands.Source(model, tuple(saes), "countries")
+    chosen = {"pairs": pairs, "width": width, "only": tuple(way) if way else None, "seed": seed}
+    _finish(commands.bench_facts_command(source, meta or [], data, chosen, quiet=as_json), as_json)
 
 
 @train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")
@@ -307,10 +331,16 @@ def train_meta(
     as_json: Json = False,
 ) -> None:
     """A meta-dictionary of decoder rows: the facts they share, against a null of rows that share nothing."""
-    from mediation.training.commands import train_meta_command
+    training = _commands("mediation.training.commands")
 
     chosen = {"width": width, "k": k, "weights": weights, "seed": seed}
-    _finish(train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
+    _finish(training.train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
+
+
+def _commands(module: str = "mediation.commands") -> Any:
+    """The code behind the commands. Imported when one runs, so that help is quick."""
+    import_module("mediation.products").use_fast_products()
+    return import_module(module)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
@@ -321,7 +351,6 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a MediationError becomes one sentence and exit code 2."""
     run: Callable[..., Any] = app
-    use_fast_products()
     try:
         run(arguments)
     except MediationError as error:

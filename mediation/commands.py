@@ -620,6 +620,36 @@ def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
     return result
 
 
+def bench_facts_command(
+    source: Source, metas: list[Path], data: Path | None, chosen: dict[str, Any], *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation bench facts`: real facts, at the site of every dictionary; see mediation.realfacts.bench."""
+    from mediation.realfacts.bench import FactsSettings, run_facts
+
+    model = SubjectModel.load(source.model, device=source.device)
+    dictionaries = load_dictionaries(source, str(model.device), model)
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    folders = [each for given in metas for each in (sorted(c.parent for c in given.glob("*/cfg.json")) or [given])]
+    by_site: dict[str, MetaDictionary] = {}
+    for folder in folders:
+        meta = MetaDictionary.load(folder, device=str(model.device))
+        if not any(meta.base_hash == dictionary.content_hash for dictionary in dictionaries) and len(folders) > 1:
+            continue  # a pack's folder of meta-SAEs may hold more sites than are measured
+        by_site[_base_dictionary(dictionaries, meta, folder).name] = meta
+    with report.stages("real facts", quiet) as show:
+        result = run_facts(
+            model,
+            [(dictionary, by_site.get(dictionary.name)) for dictionary in dictionaries],
+            data=data,
+            settings=FactsSettings(**chosen),
+            progress=show,
+        )
+    if not quiet:
+        report.facts_bench(result)
+    return result
+
+
 def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:
     enums: dict[str, type[StrEnum]] = {
         "baseline": Baseline, "behaviour": Behaviour, "estimator": Estimator, "semantics": Semantics,

@@ -616,5 +616,36 @@ def probability(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def facts_bench(result: dict[str, Any]) -> None:
+    """Real facts: one table a site, one line for each way to take the latents apart."""
+    for site in result["sites"]:
+        columns = (
+            "#carry",
+            "#correlation",
+            "#same top",
+            "#top named",
+            "#pool named",
+            "#answer follows",
+            "#others stay",
+        )
+        table = _table(f"Which part answers which question? {site['site']}", "parts", *columns)
+        for name, way in site["ways"].items():
+            figures = (
+                way["carry"]["strongest"],
+                way["correlation"],
+                way["same_top"],
+                way["named"]["use"]["top_1"],
+                way["pools"]["top_1"],
+                way["swap"]["follows"],
+                way["swap"]["others_stay"],
+            )
+            table.add_row(name, *(_number(figure["value"]) for figure in figures))
+        console.print(table)
+    console.print(
+        f"held-out pairs {result['sites'][0]['pairs']}; named by chance {1 / len(result['questions']):.2f}; "
+        f"{result['seconds']:.0f} s. Intervals and the rest are in --json."
+    )
+
+
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"

@@ -344,7 +344,6 @@ def test_planted_values_come_back_whatever_the_shards(
     assert into.select("node", "contribution").rows() == [(f"{LOW}/subject/1", pytest.approx(y.mean()))]
 
 
-@pytest.mark.xfail(strict=True, reason="the page calls history.pushState('#...'), which a frame's srcdoc refuses")
 def test_the_page_works_in_the_frame(run: OpenedRun, tmp_path: Path) -> None:
     """In Chromium, as a notebook shows it: drawn, and views followed."""
     if sync_playwright is None or CHROMIUM is None:

@@ -43,7 +43,8 @@ function App() {
     // What was searched for and sorted by belongs to the view that is left.
     const next = { ...before, ...(leaves ? { find: "", sort: "", filter: "" } : {}), ...change };
     latest.current = next;
-    history[replace ? "replaceState" : "pushState"](null, "", hash(next));
+    // A frame made from text, as in a notebook, has another address than its base, to which a bare hash would go.
+    history[replace ? "replaceState" : "pushState"](null, "", location.href.split("#")[0] + hash(next));
     setState(next);
     if (leaves) window.scrollTo(0, 0);
   }, []);
