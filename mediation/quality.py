@@ -199,11 +199,12 @@ def _finite(value: float) -> float | None:
 
 
 def meta_beside(dictionary: Dictionary) -> Path | None:
-    """The meta-SAE in NAME-meta beside a dictionary's folder NAME, or in ../meta/NAME; None where there is none."""
+    """The meta-SAE in NAME-meta or meta/NAME beside a dictionary's folder NAME, or in ../meta/NAME; None if none is."""
     if dictionary.folder is None:
         return None
     folder = dictionary.folder.resolve()
-    places = [folder.with_name(f"{folder.name}-meta"), folder.parent.parent / "meta" / folder.name]
+    around = (folder.parent, folder.parent.parent)
+    places = [folder.with_name(f"{folder.name}-meta"), *(each / "meta" / folder.name for each in around)]
     return next((place for place in places if (place / "cfg.json").is_file()), None)
 
 
