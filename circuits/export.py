@@ -38,6 +38,7 @@ class Format(StrEnum):
     GRAPHML = "graphml"  # Gephi, Cytoscape, yEd, networkx
     DOT = "dot"  # Graphviz
     PARQUET = "parquet"  # polars, pandas, DuckDB: nodes and edges
+    CSV = "csv"  # spreadsheets and everything else: the same two tables
     NEURONPEDIA = "neuronpedia"  # the graph page of Neuronpedia and circuit-tracer
 
 
@@ -144,7 +145,8 @@ def write_exports(
     supernodes: Sequence[Supernode] = (),
     name: str = "graph",
 ) -> dict[str, Path]:
-    """Write the graph into the run's folder, `name` first in each file's name; Parquet is a folder of two tables."""
+    """Write the graph into the run's folder, `name` first in each file's name; Parquet and CSV are two tables in a
+    folder."""
     written: dict[str, Path] = {}
     for each in dict.fromkeys(formats):
         if each is Format.GRAPHML:
@@ -154,6 +156,9 @@ def write_exports(
         elif each is Format.PARQUET:
             for table, frame in zip(("nodes", "edges"), to_tables(graph, supernodes), strict=True):
                 written[each.value] = run.write_shard(name, table, frame).parent
+        elif each is Format.CSV:
+            for table, frame in zip(("nodes", "edges"), to_tables(graph, supernodes), strict=True):
+                written[each.value] = run.write_text(f"{table}.csv", frame.write_csv(), folder=name).parent
         else:
             data = to_neuronpedia(graph, f"{run.path.name}-{name}", origin, supernodes)
             written[each.value] = run.write_text(f"{name}.neuronpedia.json", json.dumps(data, allow_nan=False))

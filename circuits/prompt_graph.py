@@ -8,10 +8,14 @@ Algorithm of `prompt_graph`
 2. Its nodes are the ends of these edges, with the prompt's own attributions. In-edges were computed for the set's
    latents; any other latent, however strong here, is a source.
 3. Nodes that do not reach the behaviour are left out.
+
+`prompt_flows` gives the edges of all prompts at once with their influence (circuits.pruning). Edges run from a site to
+a deeper one, so one pass over the sites, deepest first, has every node's influence when its in-edges are met.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 
 from circuits.edges import EMBEDDING_SITE
@@ -19,6 +23,7 @@ from circuits.graph import TARGET, AttributionGraph, NodeKind
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.runs import Run
+from mediation.sites import Site
 from mediation.trace import NODE_KEYS, error_shares, prompt_table
 
 LISTED = 5  # ids named to someone who asks for a prompt that is not there
@@ -90,6 +95,35 @@ def prompt_graph(run: Run, prompt_id: str) -> AttributionGraph:
     table = table.filter(pl.col("id").is_in(pl.concat([edges["source"], edges["target"]]).unique().implode()))
     graph = AttributionGraph.from_tables(table, edges, meta=meta).prune(len(table))
     return AttributionGraph(graph.digraph, meta)
+
+
+def prompt_flows(run: Run) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Nodes (prompt, id, influence) and edges (prompt, source, target, weight, contribution, influence) of every
+    prompt's own graph, by position; what does not reach the behaviour is left out."""
+    edges = run.read("edges").group_by("prompt", *ENDS, maintain_order=True).agg(pl.col("weight", "contribution").sum())
+    ends = [edges.select("prompt", id=end) for end in ENDS]
+    nodes = pl.concat(ends).unique(maintain_order=True).with_row_index("node")
+    source, target = (
+        each.join(nodes, on=["prompt", "id"], how="left", maintain_order="left")["node"].to_numpy() for each in ends
+    )
+    places = nodes["id"].str.split("/").list.first()
+    order = {"embed": -1, TARGET: 2**31} | {
+        name: Site.parse(name).canonical().depth for name in places.unique() if name not in ("embed", TARGET)
+    }
+    depth = places.replace_strict(order, return_dtype=pl.Int64).to_numpy()
+    size = np.abs(edges["contribution"].to_numpy())
+    into = np.bincount(target, weights=size, minlength=len(nodes))
+    share = np.divide(size, into[target], out=np.zeros_like(size), where=into[target] > 0)
+    influence = (depth == order[TARGET]).astype(np.float64)
+    through = np.zeros_like(size)
+    for level in sorted(set(depth.tolist()), reverse=True):
+        here = np.flatnonzero(depth[target] == level)
+        through[here] = influence[target[here]] * share[here]
+        influence += np.bincount(source[here], weights=through[here], minlength=len(nodes))
+    return (
+        nodes.select("prompt", "id", influence=pl.Series(influence)).filter(pl.col("influence") > 0),
+        edges.with_columns(influence=pl.Series(through)).filter(pl.col("influence") > 0),
+    )
 
 
 def _nodes(nodes: pl.DataFrame, tokens: pl.DataFrame, chosen: pl.DataFrame, estimator: str) -> pl.DataFrame:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mediation.errors import MediationError
-from mediation.products import use_fast_products
 
 app = typer.Typer(
     help="Find which facts a language model actually used.\n\n"
@@ -37,7 +37,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of samples, controls and sp
 @app.command(epilog="Example: mediation demo --json")
 def demo(out: Out = None, as_json: Json = False) -> None:
     """Trace, inspect and flag on the embedded planted-fact model; about half a minute, nothing to download."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.demo(out, quiet=as_json), as_json)
 
@@ -71,7 +71,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Which latents mediate a behaviour on a prompt set, by how much, how sure; and how they feed each other."""
-    from mediation import commands
+    commands = _commands()
 
     source = commands.Source(model, tuple(saes), str(prompts), device, allow_download)
     chosen = {
@@ -83,12 +83,16 @@ def trace(
 
 @app.command(
     epilog="Examples: mediation inspect runs/capitals; mediation inspect runs/capitals --prompt france; "
-    "mediation inspect --dictionary packs/layer-15"
+    "mediation inspect runs/capitals --latent 15.resid_pre/273; mediation inspect --dictionary packs/layer-15"
 )
 def inspect(
     run: Annotated[Path | None, typer.Argument(help="Folder that a trace or demo wrote.")] = None,
     paths: Annotated[int, typer.Option(help="Strongest paths shown.")] = 8,
     prompt: Annotated[str | None, typer.Option(help="Id of one prompt of the run, for its own graph.")] = None,
+    latent: Annotated[str | None, typer.Option(help="SITE/ID of one latent, for everything known of it.")] = None,
+    meta_latent: Annotated[
+        int | None, typer.Option(min=0, help="ID of one meta-latent, for everything known of it; run must be flagged.")
+    ] = None,
     nodes: Annotated[float, typer.Option(help="Share of the latents' influence that page and exports keep.")] = 0.8,
     edges: Annotated[float, typer.Option(help="Share of the edges' influence that page and exports keep.")] = 0.98,
     top: Annotated[int | None, typer.Option(help="At most so many latents in page and exports.")] = None,
@@ -96,8 +100,11 @@ def inspect(
         str | None, typer.Option(help="Draw alike latents as one: meta (same strongest meta-latent) or edges.")
     ] = None,
     export: Annotated[
-        list[str] | None, typer.Option(help="graphml, dot, parquet or neuronpedia; repeat. Default: graphml.")
+        list[str] | None, typer.Option(help="graphml, dot, parquet, csv or neuronpedia; repeat. Default: graphml.")
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another run, for what this one does differently.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine, all prompts in it.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 0,
     dictionary: Annotated[str | None, typer.Option(help="Instead of a run: SAE folder, or RELEASE:SAE_ID.")] = None,
     model: Annotated[str | None, typer.Option(help="Model the SAE was trained on, for what needs text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat.")] = None,
@@ -110,19 +117,33 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Which latents feed which, from a run: paths, a page (index.html), exports. Or a dictionary's quality."""
-    from mediation import commands
+    commands = _commands()
 
     if (run is None) == (dictionary is None):
         raise MediationError("There is one thing to inspect at a time; give a run's folder or --dictionary.")
-    if run is not None:
-        if meta is not None and group != "meta":
-            raise MediationError("A meta-SAE is used to group a run's latents; give --group meta with --meta.")
-        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [])
-        _finish(commands.inspect_command(run, paths, prompt, view, quiet=as_json), as_json)
+    views = {"--prompt": prompt, "--latent": latent, "--meta-latent": meta_latent}
+    asked = [name for name, value in views.items() if value is not None]
+    if len(asked) > 1:
+        raise MediationError(f"{asked[0]} and {asked[1]} are two views of a run; give one at a time.")
+    if run is not None and meta is not None and group != "meta" and latent is None:
+        raise MediationError("A meta-SAE takes a run's latents apart; give --latent or --group meta with --meta.")
+    if run is not None and (latent is not None or meta_latent is not None):
+        if top is not None or group or export or against or serve:
+            raise MediationError(f"Pruning, groups, exports and pages are of a graph; give them without {asked[0]}.")
+        if latent is not None:
+            _finish(commands.latent_command(run, latent, meta, quiet=as_json), as_json)
+        elif meta_latent is not None:
+            _finish(commands.meta_latent_command(run, meta_latent, quiet=as_json), as_json)
         return
-    if prompt is not None:
-        raise MediationError("A prompt belongs to a run; give the run's folder with --prompt.")
-    if top is not None or group or export:
+    if run is not None:
+        view = commands.View.of(commands.Keep(nodes, edges, top), group, meta, export or [], against)
+        _finish(commands.inspect_command(run, paths, prompt, view, quiet=as_json), as_json)
+        if serve:
+            commands.serve_command(run, view, port)
+        return
+    if asked:
+        raise MediationError(f"Prompts and latents are those of a run; give the run's folder with {asked[0]}.")
+    if top is not None or group or export or against or serve:
         raise MediationError("Pruning, groups and exports are of a run's graph; give a run's folder for them.")
     if model is None and (text or spelling):
         raise MediationError("Text and words are measured with a model; give --model.")
@@ -139,7 +160,7 @@ def contrast(
     as_json: Json = False,
 ) -> None:
     """What two prompt sets, or two models, use differently: nodes and edges of one run minus those of another."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.contrast_command(first, second, out, seed, quiet=as_json), as_json)
 
@@ -155,7 +176,7 @@ def flag(
     as_json: Json = False,
 ) -> None:
     """Which facts were used though no latent for them fired, with causal proof."""
-    from mediation import commands
+    commands = _commands()
 
     chosen = {"controls": controls, "parts": parts, "alpha": alpha, "seed": seed}
     _finish(commands.flag_command(run, meta, chosen, quiet=as_json), as_json)
@@ -172,7 +193,7 @@ def prove(
     as_json: Json = False,
 ) -> None:
     """Does the model do it with the circuit alone? Nodes and edges kept and cut, on prompts they were not chosen on."""
-    from mediation import commands
+    commands = _commands()
 
     chosen = {"errors": errors, "top": top, "prompts": prompts, "edges": edges, "seed": seed}
     _finish(commands.prove_command(run, chosen, quiet=as_json), as_json)
@@ -195,7 +216,7 @@ def label(
     as_json: Json = False,
 ) -> None:
     """What latents mean: contexts and names scored on held-out text, or imported explanations; kept with the SAE."""
-    from mediation import commands
+    commands = _commands()
 
     if (explanations is None) == (model is None or not text):
         raise MediationError("Labels come from --model and --text together, or from --import; give one of the two.")
@@ -214,7 +235,7 @@ def organism(
     as_json: Json = False,
 ) -> None:
     """Make a model organism: a small model with planted facts, its SAEs and its meta-SAE."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.organism_command(seed, out, family, quiet=as_json), as_json)
 
@@ -242,11 +263,11 @@ def saes(
     as_json: Json = False,
 ) -> None:
     """SAEs at several sites from one pass over a text, in bounded memory; resumes after a kill."""
-    from mediation.training.commands import Corpus, saes_command
+    training = _commands("mediation.training.commands")
 
-    corpus = Corpus(tuple(text or ()), dataset, tokens, context, seed)
+    corpus = training.Corpus(tuple(text or ()), dataset, tokens, context, seed)
     chosen = {"d_sae": d_sae, "k": k, "architecture": architecture, "lr": lr, "batch": batch, "seed": seed}
-    _finish(saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
+    _finish(training.saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
 
 
 @bench.command(epilog="Example: mediation bench planted --organism organisms/7 --json")
@@ -257,7 +278,7 @@ def planted(
     as_json: Json = False,
 ) -> None:
     """Is the fact behind each opinion named right? On held-out people, against baselines."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
 
@@ -268,9 +289,33 @@ def bench_meta(
     as_json: Json = False,
 ) -> None:
     """Are the facts planted in decoder rows named right? Ways to decompose rows, over kinds of rows."""
-    from mediation import commands
+    commands = _commands()
 
     _finish(commands.bench_meta_command(quick=quick, quiet=as_json), as_json)
+
+
+@bench.command(name="facts", epilog="Example: mediation bench facts --model smollm2 --saes packs/smollm2 --json")
+def bench_facts(
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of them, or RELEASE:SAE_ID; repeat.")],
+    meta: Annotated[
+        list[Path] | None, typer.Option(help="Meta-SAE folder, or folder of them; without one it is trained.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="MEDIATION_DATA", help="Folder with pararel/, for more wordings.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of held-out countries.")] = 48,
+    width: Annotated[int, typer.Option(min=2, help="Meta-latents of the readings.")] = 150,
+    way: Annotated[list[str] | None, typer.Option(help="Only these ways to take latents apart; repeat.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Which part of a country's latents answers which question about it? On held-out countries, by intervention."""
+    commands = _commands()
+
+    source = commands.Source(model, tuple(saes), "countries")
+    chosen = {"pairs": pairs, "width": width, "only": tuple(way) if way else None, "seed": seed}
+    _finish(commands.bench_facts_command(source, meta or [], data, chosen, quiet=as_json), as_json)
 
 
 @train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")
@@ -286,10 +331,16 @@ def train_meta(
     as_json: Json = False,
 ) -> None:
     """A meta-dictionary of decoder rows: the facts they share, against a null of rows that share nothing."""
-    from mediation.training.commands import train_meta_command
+    training = _commands("mediation.training.commands")
 
     chosen = {"width": width, "k": k, "weights": weights, "seed": seed}
-    _finish(train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
+    _finish(training.train_meta_command(dictionaries, out, chosen, quiet=as_json), as_json)
+
+
+def _commands(module: str = "mediation.commands") -> Any:
+    """The code behind the commands. Imported when one runs, so that help is quick."""
+    import_module("mediation.products").use_fast_products()
+    return import_module(module)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
@@ -300,7 +351,6 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a MediationError becomes one sentence and exit code 2."""
     run: Callable[..., Any] = app
-    use_fast_products()
     try:
         run(arguments)
     except MediationError as error:

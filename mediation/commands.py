@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -25,11 +27,13 @@ from circuits.export import Format, write_exports
 from circuits.graph import AttributionGraph
 from circuits.memory import fit, parse_bytes
 from circuits.neuronpedia import Origin, probability
+from circuits.opened import open_run
 from circuits.prompt_graph import node_ids, prompt_graph
 from circuits.proof import Kind, ProofSettings, proof_seconds, prove
 from circuits.pruning import Keep, prune
 from circuits.supernodes import Grouping, Supernode, by_edges, by_meta
-from circuits.viewer.page import render
+from circuits.viewer.page import HOSTS, render, server
+from circuits.viewer.payload import PROMPTS, payload
 from mediation import report
 from mediation.absorption import measure_absorption, read_words
 from mediation.behaviours import Behaviour
@@ -38,7 +42,7 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.estimators import Estimator
 from mediation.explanations import import_explanations
-from mediation.facts import FactSettings, find_hidden_facts
+from mediation.facts import FactSettings, find_hidden_facts, nearest_latents
 from mediation.frozen import Semantics
 from mediation.heads import Heads
 from mediation.labelling import label_readers, label_seconds
@@ -49,7 +53,7 @@ from mediation.neurons import Neurons
 from mediation.nodes import mean_state
 from mediation.prompts import Baseline, PromptSet, tokenize
 from mediation.quality import geometry, meta_against_null, meta_beside, meta_made_from, text_quality, with_published
-from mediation.runs import Run, peak_memory_mb, write_frame
+from mediation.runs import PROMPTS_FILE, Run, peak_memory_mb, write_frame
 from mediation.subject import SubjectModel
 from mediation.trace import (
     Prepared,
@@ -65,7 +69,6 @@ from mediation.trace import (
 
 Choice = TypeVar("Choice", bound=StrEnum)
 UNITS: dict[str, type[Heads] | type[Neurons]] = {"heads": Heads, "neurons": Neurons}  # nodes without a dictionary
-PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def trace_command(
         },
     )
     run.write_text(PROMPTS_FILE, Path(source.prompts).read_text(encoding="utf-8-sig"))
+    run.record(dictionaries={d.site.name: {"name": d.name, "folder": d.folder} for d in dictionaries})
     run.record(memory={"budget": memory, "predicted_mb": cost.peak / 2**20, "predicted_seconds": cost.seconds})
     if not quiet:
         report.opening(model, dictionaries, prompts, str(cost))
@@ -202,19 +206,25 @@ def _trace_result(
 
 @dataclass(frozen=True)
 class View:
-    """What `inspect` shows and writes of a run's graph; `meta` is for grouping by meta-latents."""
+    """What `inspect` shows and writes of a run's graph.
+
+    meta: for grouping by meta-latents; against: a run to compare with.
+    """
 
     keep: Keep = field(default_factory=Keep)
     group: Grouping | None = None
     meta: Path | None = None
     exports: tuple[Format, ...] = (Format.GRAPHML,)
+    against: Path | None = None
 
     @classmethod
-    def of(cls, keep: Keep, group: str | None, meta: Path | None, exports: list[str]) -> View:
+    def of(
+        cls, keep: Keep, group: str | None, meta: Path | None, exports: list[str], against: Path | None = None
+    ) -> View:
         """The view that the command line's words ask for."""
         grouping = None if group is None else _choice(Grouping, group, "group")
         chosen = tuple(_choice(Format, each, "export") for each in exports) or cls.exports
-        return cls(keep, grouping, meta, chosen)
+        return cls(keep, grouping, meta, chosen, against)
 
 
 def inspect_command(
@@ -226,14 +236,9 @@ def inspect_command(
     graph = whole if prompt is None else prompt_graph(run, prompt)
     kept = prune(graph, view.keep)
     groups = _supernodes(run, kept, view)
-    flags = page_flags(run.read("flags")) if run.has("flags") else []
-    if prompt is None:
-        name, html, title, figures = "graph", "index.html", run.path.name, _page_figures(run, whole)
-    else:
-        name, title, figures = f"prompt-{_file_stem(prompt)}", f"{run.path.name}: {prompt}", _prompt_figures(run, graph)
-        html, flags = f"{name}.html", [flag for flag in flags if flag["prompt"] == prompt]
+    name = "graph" if prompt is None else f"prompt-{_file_stem(prompt)}"
     page = run.write_text(
-        html, render(graph, title=title, figures=figures, flags=flags, keep=view.keep, supernodes=groups)
+        "index.html" if prompt is None else f"{name}.html", _page(run, whole, kept, groups, view, prompt)
     )
     origin = _origin(run, prompt)
     written = write_exports(run, kept, view.exports, origin=origin, supernodes=groups, name=name)
@@ -258,6 +263,64 @@ def inspect_command(
         "page": str(page),
         "files": {name: str(file) for name, file in written.items()},
     }
+
+
+def latent_command(path: Path, named: str, meta: Path | None, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --latent`: everything known of one latent, named SITE/ID."""
+    site, _, latent = named.rpartition("/")
+    if not site or not latent.isdecimal():
+        raise MediationError(f"--latent is '{named}'; give SITE/ID, such as blocks.1.hook_resid_pre/17.")
+    found = open_run(path).latent(site, int(latent), meta=meta)
+    if not quiet:
+        report.latent(found)
+    return {"run": str(path), **found.to_dict()}
+
+
+def meta_latent_command(path: Path, meta: int, *, quiet: bool) -> dict[str, Any]:
+    """`mediation inspect --meta-latent`: everything known of one meta-latent of the run's split."""
+    found = open_run(path).meta_latent(meta)
+    if not quiet:
+        report.meta_latent(found)
+    return {"run": str(path), **found.to_dict()}
+
+
+def _page(
+    run: Run,
+    graph: AttributionGraph,
+    kept: AttributionGraph,
+    groups: Sequence[Supernode],
+    view: View,
+    prompt: str | None = None,
+    *,
+    most: int | None = PROMPTS,
+) -> str:
+    """The page of a run whose set has this `graph`; `kept` is what is shown of it, or of one prompt's, at first."""
+    pruned = kept.meta["pruned"]
+    share = view.keep.nodes
+    if view.keep.top is not None:
+        share = min(share, pruned["influence"] / pruned["of_influence"] if pruned["of_influence"] else 1.0)
+    shown = payload(
+        run,
+        graph,
+        prompts_file=PROMPTS_FILE,
+        keep=replace(view.keep, nodes=share),
+        supernodes=groups if prompt is None else (),
+        against=None if view.against is None else (view.against.name, contrast(run, Run.open(view.against))),
+        prompt=prompt,
+        most=most,
+    )
+    return render(shown)
+
+
+def serve_command(path: Path, view: View, port: int) -> None:
+    """`mediation inspect --serve`: the page with the graphs of all prompts, on loopback until interrupted."""
+    run = Run.open(path)
+    graph = AttributionGraph.load(run.path / "graph.json")
+    kept = prune(graph, view.keep)
+    served = server(_page(run, graph, kept, _supernodes(run, kept, view), view, most=None), port)
+    report.serving(f"http://{HOSTS[0]}:{served.server_port}/")
+    with served, suppress(KeyboardInterrupt):
+        served.serve_forever()
 
 
 def prove_command(path: Path, chosen: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
@@ -376,8 +439,13 @@ def flag_command(path: Path, meta: Path, chosen: dict[str, Any], *, quiet: bool)
             labels=load_labels(meta),
             progress=lambda _: tick(next(done), len(prompts)),
         )
-    run.write_table("flags", table)
-    run.record(flags={"meta": str(meta), "settings": asdict(settings), "meta_split_max_relative_error": worst})
+    tested = table.drop_nulls("removal")
+    metas = tested["meta"].unique().sort().to_list()
+    run.write_table("flags", table.drop("controls"))
+    run.write_table("controls", tested.select("prompt", "meta", "controls"))
+    run.write_table("carriers", nearest_latents(dictionary, decomposition, metas, settings.carrier_cosine))
+    figures = {"settings": asdict(settings), "meta_split_max_relative_error": worst}
+    run.record(flags={"meta": str(meta), "site": dictionary.site.name, **figures})
     result = {"run": str(path), "meta_split_max_relative_error": worst, **flag_summary(table)}
     if not quiet:
         report.flags(result)
@@ -411,52 +479,6 @@ def flag_summary(table: pl.DataFrame) -> dict[str, Any]:
         "flagged_prompts": flagged["prompt"].n_unique(),
         "named_right": {"right": len(right), "of": known["prompt"].n_unique()},
     }
-
-
-def _page_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
-    """The trust figures of a run as the page shows them."""
-    trust = run.info["trust"]
-    effect, held_out = set_effect(run), graph.meta["held_out_prompts"]
-    return {
-        "total effect": f"{effect['mean']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]",
-        "prompts": f"{effect['prompts']}" + (f", {held_out} held out for intervals and tiers" if held_out else ""),
-        "conservation gap, worst site": f"{max(trust['conservation_gap'].values()):.1%}",
-        **_calibration_figures(trust, graph),
-    }
-
-
-def _prompt_figures(run: Run, graph: AttributionGraph) -> dict[str, str]:
-    """The figures on the page of one prompt; what was patched exactly is a sample of the whole run."""
-    effects = prompt_table(run).filter(pl.col("prompt") == graph.meta["prompt"])
-    total = (effects["clean"] - effects["baseline"]).to_numpy()
-    gap = abs(effects["ig"].to_numpy() - total).max()
-    return {
-        "total effect": f"{total[0]:+.2f}, from {effects['baseline'][0]:+.2f} to {effects['clean'][0]:+.2f}",
-        "conservation gap, worst site": f"{gap:.3f}",
-        **_calibration_figures(run.info["trust"], graph),
-    }
-
-
-def _calibration_figures(trust: dict[str, Any], graph: AttributionGraph) -> dict[str, str]:
-    def measured(each: dict[str, Any], kind: str) -> str:
-        pearson = "-" if each["pearson"] is None else f"{each['pearson']:.2f}"
-        return f"Pearson {pearson} over {each['n']} {kind}"
-
-    missed, warnings = trust["important_missed"], error_warnings(graph.error_share())
-    return {
-        "on error nodes, worst site": f"{max(graph.error_share().values()):.0%}",
-        "ig against exact": measured(trust["estimator_vs_exact"]["ig"], "nodes"),
-        "edges against exact": measured(trust["edges_vs_exact"], "edges"),
-        "important nodes missed": "unknown" if missed["at_most"] is None else f"at most {missed['at_most']:.0%}",
-        **({"warning": " ".join(warnings)} if warnings else {}),
-    }
-
-
-def page_flags(table: pl.DataFrame) -> list[dict[str, Any]]:
-    """Every tested fact of a run, flagged ones first, under the names the page knows."""
-    tested = table.filter(pl.col("p").is_not_null()).sort("q", -pl.col("removal").abs())
-    columns = ["group", "prompt", "removal", "hidden_share", "swap", "swap_follows", "p", "q", "flagged"]
-    return tested.select(pl.col("label").alias("fact"), "expected", *columns).to_dicts()
 
 
 def quality_command(
@@ -595,6 +617,36 @@ def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
         result = run_bench(quick=quick, progress=show)
     if not quiet:
         report.meta_bench(result)
+    return result
+
+
+def bench_facts_command(
+    source: Source, metas: list[Path], data: Path | None, chosen: dict[str, Any], *, quiet: bool
+) -> dict[str, Any]:
+    """`mediation bench facts`: real facts, at the site of every dictionary; see mediation.realfacts.bench."""
+    from mediation.realfacts.bench import FactsSettings, run_facts
+
+    model = SubjectModel.load(source.model, device=source.device)
+    dictionaries = load_dictionaries(source, str(model.device), model)
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    folders = [each for given in metas for each in (sorted(c.parent for c in given.glob("*/cfg.json")) or [given])]
+    by_site: dict[str, MetaDictionary] = {}
+    for folder in folders:
+        meta = MetaDictionary.load(folder, device=str(model.device))
+        if not any(meta.base_hash == dictionary.content_hash for dictionary in dictionaries) and len(folders) > 1:
+            continue  # a pack's folder of meta-SAEs may hold more sites than are measured
+        by_site[_base_dictionary(dictionaries, meta, folder).name] = meta
+    with report.stages("real facts", quiet) as show:
+        result = run_facts(
+            model,
+            [(dictionary, by_site.get(dictionary.name)) for dictionary in dictionaries],
+            data=data,
+            settings=FactsSettings(**chosen),
+            progress=show,
+        )
+    if not quiet:
+        report.facts_bench(result)
     return result
 
 

@@ -26,7 +26,7 @@ Discovery and evaluation prompts are different types, so they cannot be confused
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,7 @@ from mediation.shapley import MAX_EXACT
 from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.subject import SubjectModel
 
+NEAREST = 3  # latents shown of a meta-latent that has no carrier
 REST = ("other meta-latents", "bias", "residual")  # the parts of a split that are not single meta-latents
 
 
@@ -202,6 +203,23 @@ def controls(
     return torch.einsum("rt,nd->nrtd", pooled.coefficient[..., meta], directions)
 
 
+def nearest_latents(
+    dictionary: Dictionary, decomposition: Decomposition, metas: Sequence[int], carrier_cosine: float
+) -> pl.DataFrame:
+    """The latents whose rows are most like each of some meta-latents, its carriers among them.
+
+    Columns meta, latent, cosine, carrier; of every meta-latent all carriers, and NEAREST latents in any case, most
+    alike first.
+    """
+    cosines = dictionary.decoder @ decomposition.directions[list(metas)].T  # rows are of length 1, or 0
+    rows = []
+    for meta, column in zip(metas, cosines.T, strict=True):
+        best = column.topk(max(min(NEAREST, len(column)), int((column >= carrier_cosine).sum())))
+        rows += [(meta, *each) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    schema = {"meta": pl.Int64, "latent": pl.Int64, "cosine": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(carrier=pl.col("cosine") >= carrier_cosine)
+
+
 def kind_of(label: str) -> str:
     """ "profession" of "profession=baker" (no space before the sign); any other label is a kind of its own."""
     attribute, sign, _ = label.partition("=")
@@ -226,7 +244,8 @@ def find_hidden_facts(
     Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label, kind; for facts
     in the split (null otherwise) shapley, stderr, rank (1 = drives the effect most); present (in the clean prompt),
     linear, hidden_share, carriers_silent, total_effect, behaviour; for tested facts (null otherwise) removal,
-    swap, swap_follows, p, q; and flagged.
+    swap, swap_follows, counterpart (the meta-latent that the swap takes out too), controls (what each control moved
+    the behaviour by, in the direction of the total effect), p, q; and flagged.
     """
     settings = settings or FactSettings()
     names = [(labels or {}).get(meta, f"meta-latent {meta}") for meta in range(len(decomposition.directions))]
@@ -310,7 +329,9 @@ def _test(
     removal, swap = float(effects[0]), float(effects[1])
     clean = float(split.surgeon.clean)
     follows = (clean - swap) * clean < 0
-    return {"removal": removal, "swap": swap, "swap_follows": follows}, split.direction * effects[2:]
+    null = split.direction * effects[2:]
+    measured = {"removal": removal, "swap": swap, "swap_follows": follows, "counterpart": counterpart}
+    return measured | {"controls": null.tolist()}, null
 
 
 def _flags(rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], settings: FactSettings) -> pl.DataFrame:
@@ -347,7 +368,7 @@ def _group_p(table: pl.DataFrame, group: str, kind: str, null: np.ndarray) -> fl
     return float(permutation_p(observed, null.mean(axis=0)))
 
 
-SCHEMA = {
+SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
     "prompt": pl.String,
     "group": pl.String,
     "expected": pl.String,
@@ -367,4 +388,6 @@ SCHEMA = {
     "removal": pl.Float64,
     "swap": pl.Float64,
     "swap_follows": pl.Boolean,
+    "counterpart": pl.Int64,
+    "controls": pl.List(pl.Float64),
 }

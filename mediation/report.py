@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from circuits.contrast import ALPHA, Contrast
+from circuits.evidence import Description, LatentEvidence, MetaEvidence, Passage
 from circuits.export import path_tree, tier_text
 from circuits.graph import AttributionGraph, node_label
 from circuits.supernodes import Supernode
-from circuits.viewer.text import probability
+from mediation.contexts import AFTER, BEFORE
 from mediation.dictionaries import Dictionary
 from mediation.prompts import PromptSet
 from mediation.subject import SubjectModel
@@ -27,6 +31,7 @@ from mediation.subject import SubjectModel
 console = Console(width=None if sys.stdout.isatty() else 120)
 progress_console = Console(stderr=True)
 SHOWN = 12  # rows of a table that people read; everything is in the run folder
+BARS = "▁▂▃▄▅▆▇█"
 BENCH_SHOWN = ("factored", "batchtopk", "SAELens", "ICA", "own-row pursuit", "null")  # of the methods in bench meta
 
 
@@ -161,6 +166,177 @@ def paths(graph: AttributionGraph, n: int) -> None:
     """The strongest paths as a tree."""
     console.print("\n[bold]Strongest paths[/bold], from the behaviour back to the tokens")
     console.print(path_tree(graph, n))
+
+
+def latent(found: LatentEvidence) -> None:
+    """Everything known of a latent: what it stands for, where it acts, what feeds it, what it is made of."""
+    console.print(
+        f"[bold]Latent {found.latent}[/bold] of {escape(found.site)}: [bold]{escape(found.called)}[/bold]"
+        f"{_score(found.described)}; on in {found.on_in} of {found.prompts} prompts."
+    )
+    _description(found.described)
+    _passages("Strongest in the run's prompts (activation)", found.passages)
+    table = _table(
+        "Attribution", "role", f"#{found.estimator}, mean", "#held out, 95 %", "#kept in", "tier",
+        caption="mean over all prompts; held out: over those that did not choose the graph's nodes; kept in: share of "
+        "these whose own graph keeps it",
+    )  # fmt: skip
+    for row in found.roles.iter_rows(named=True):
+        interval = "" if row["low"] is None else rf" \[{row['low']:+.2f}, {row['high']:+.2f}]"
+        table.add_row(
+            escape(row["role"]), f"{row['attribution']:+.3f}", f"{row['held_out']:+.3f}{interval}",
+            "-" if row["frequency"] is None else f"{row['frequency']:.0%}", row["tier"] or "-",
+        )  # fmt: skip
+    console.print(table)
+    table = _table("By prompt", "prompt", "half", "role", "#activation", "#baseline", "#attribution", "#exact")
+    for row in found.by_prompt.head(SHOWN).iter_rows(named=True):
+        table.add_row(
+            escape(row["prompt"]), row["half"] or "-", escape(row["role"]), _number(row["clean"]),
+            _number(row["baseline"]), f"{row['attribution']:+.3f}",
+            "-" if row["exact"] is None else f"{row['exact']:+.3f}",
+        )  # fmt: skip
+    console.print(table)
+    if found.effects is not None:
+        shown = ", ".join(f"{key.upper()} {value:+.2f}" for key, value in found.effects.items())
+        console.print(f"Measured at all its positions, mean over the prompts: {shown}.")
+    if len(found.inputs) or len(found.outputs):
+        console.print(link_tree(found, SHOWN))
+    if found.parts is not None:
+        _parts(found.parts)
+    _notes(found.notes)
+
+
+def link_tree(found: LatentEvidence, n: int) -> Tree:
+    """A latent with the n strongest edges into it and out of it, by contribution."""
+    root = Tree(Text(f"latent {found.latent}", style="bold"))
+    for title, links in (("fed by", found.inputs), ("feeds", found.outputs)):
+        if links.is_empty():
+            continue
+        more = f", {n} of {len(links)}" if len(links) > n else ""
+        branch = root.add(Text(f"{title} (contribution to the behaviour{more})"))
+        for row in links.head(n).iter_rows(named=True):
+            line = Text(f"{row['contribution']:+.3f} ", style="green" if row["contribution"] >= 0 else "red")
+            line.append(row["label"], style="bold")
+            line.append(f"  {_short(row['node'])}, at {row['role']}", style="dim")
+            branch.add(line)
+    return root
+
+
+def meta_latent(found: MetaEvidence) -> None:
+    """Everything known of a meta-latent: what its members share, where it acts and through what, its tests."""
+    console.print(
+        f"[bold]Meta-latent {found.meta}[/bold] at {escape(found.site)}: [bold]{escape(found.called)}[/bold]"
+        f"{_score(found.described)}; attribution {found.attribution:+.3f}, mean over the prompts."
+    )
+    _description(found.described)
+    if found.described.shared:
+        console.print("Words that its members share: " + escape(", ".join(found.described.shared)))
+    _passages("Where it acts in the run's prompts (attribution)", found.passages)
+    table = _table("Through which latents", "#latent", "label", "#attribution, mean")
+    for row in found.through.head(SHOWN).iter_rows(named=True):
+        table.add_row(str(row["latent"]), escape(row["label"] or "-"), f"{row['attribution']:+.3f}")
+    console.print(table)
+    if len(found.carriers):
+        table = _table("Carriers: latents that are the fact, or the nearest", "#latent", "label", "#cosine", "carrier",
+                       "#on in prompts")  # fmt: skip
+        for row in found.carriers.head(SHOWN).iter_rows(named=True):
+            table.add_row(str(row["latent"]), escape(row["label"] or "-"), _number(row["cosine"]),
+                          "yes" if row["carrier"] else "no", str(row["on_in"]))  # fmt: skip
+        console.print(table)
+    if len(found.tests):
+        table = _table("Tests", "prompt", "in", "#removal", "#controls", "#of", "#hidden", "swap", "#p", "#q", "flag",
+                       caption="controls: mean of the matched controls' removals, in the direction of the total "
+                       "effect; of: total effect")  # fmt: skip
+        for row in found.tests.head(SHOWN).iter_rows(named=True):
+            table.add_row(
+                escape(row["prompt"]), escape(row["group"]), f"{row['removal']:+.2f}",
+                f"{sum(row['controls']) / len(row['controls']):+.2f}", f"{row['total_effect']:+.2f}",
+                f"{row['hidden_share']:.0%}", "follows" if row["swap_follows"] else "stays", probability(row["p"]),
+                probability(row["q"]), "hidden" if row["flagged"] else "-",
+            )  # fmt: skip
+        console.print(table)
+    _notes(found.notes)
+
+
+def _score(described: Description) -> str:
+    if described.label is None:
+        return ""
+    scored = "not scored" if described.score is None else f"score {described.score:.2f}"
+    return f" ({scored}, from {escape(described.source or 'enrichment')})"
+
+
+def _description(described: Description) -> None:
+    """What the dictionary's folder says: density, histogram, logit lens, contexts."""
+    if described.density is not None:
+        console.print(f"On at {described.density:.3%} of the text's tokens. {_histogram(described.histogram)}".rstrip())
+    for word, tokens in (("promotes", described.logits_up), ("suppresses", described.logits_down)):
+        if tokens:
+            console.print(f"Logit lens: {word} {escape(' '.join(_visible(each).strip() or '␣' for each in tokens))}")
+    _passages("Strongest contexts (activation)", described.contexts)
+
+
+def _histogram(bins: Sequence[dict[str, Any]]) -> str:
+    """Counts by activation, one bar a half octave."""
+    if not bins:
+        return ""
+    most = max(each["count"] for each in bins)
+    bars = "".join(BARS[round((len(BARS) - 1) * each["count"] / most)] for each in bins)
+    return f"Activations from {bins[0]['from']:.2g} to {bins[-1]['from']:.2g}: {bars}"
+
+
+def _passages(title: str, passages: Sequence[Passage]) -> None:
+    """Passages around their peak, which stands in brackets, its value before them."""
+    if not passages:
+        return
+    console.print(f"\n[bold]{title}[/bold]")
+    for each in passages:
+        gap = "" if any(token[:1].isspace() for token in each.tokens[1:]) else " "  # words as tokens have no spaces
+        at, shown = each.position, [_visible(token) for token in each.tokens]
+        first, end = max(0, at - BEFORE), at + AFTER + 1
+        space = " " if shown[at][:1].isspace() else ""
+        line = Text(f"{each.values[at]:+8.3g}  ", style="cyan")
+        line.append("…" if first else "").append(gap.join([*shown[first:at], space]))
+        line.append(f"[{shown[at].strip()}]", style="bold reverse")
+        line.append(gap.join(["", *shown[at + 1 : end]])).append("…" if end < len(shown) else "")
+        line.append("" if each.prompt is None else f"  {each.prompt}", style="dim")
+        console.print(line)
+
+
+def _visible(token: str) -> str:
+    """A token on one line, control characters by their codes."""
+    shown = token.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in shown)
+
+
+def _parts(parts: pl.DataFrame) -> None:
+    """A latent's parts; the weak ones as one line, so that the columns add up."""
+    metas, rest = parts.drop_nulls("meta"), parts.filter(pl.col("meta").is_null())
+    table = _table(
+        "What it is made of", "part", "#meta-latent", "#code", "#share of the row", "#attribution, ig",
+        caption="shares sum to 1, attributions to the latent's own: nothing is left out",
+    )  # fmt: skip
+    rows = metas.head(SHOWN).to_dicts()
+    if len(metas) > SHOWN:
+        sums = metas[SHOWN:].select(_total("share"), _total("attribution")).row(0, named=True)
+        rows.append({"part": f"{len(metas) - SHOWN} other meta-latents", "meta": None, "code": None, **sums})
+    whole = parts.select(_total("share"), _total("attribution")).row(0, named=True)
+    for row in [*rows, *rest.to_dicts(), {"part": "sum", "meta": None, "code": None, **whole}]:
+        table.add_row(
+            escape(row["part"]), "" if row["meta"] is None else str(row["meta"]), _number(row["code"], 3),
+            _number(row["share"], 3), "-" if row["attribution"] is None else f"{row['attribution']:+.3f}",
+            style="bold" if row["part"] == "sum" else None,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _total(name: str) -> pl.Expr:
+    """The sum of a column, null where it holds nothing."""
+    return pl.when(pl.col(name).count() > 0).then(pl.col(name).sum()).alias(name)
+
+
+def _notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(note, style="dim", soft_wrap=True, markup=False)
 
 
 def proof(table: pl.DataFrame, summary: dict[str, Any]) -> None:
@@ -363,6 +539,11 @@ def files(*paths_written: Path) -> None:
         console.print(f"wrote {path}", soft_wrap=True)
 
 
+def serving(address: str) -> None:
+    """Where the page is, while it is served."""
+    console.print(f"The page is at {address} until you press Ctrl-C.", soft_wrap=True)
+
+
 def closing(run: Path, seconds: float, megabytes: float) -> None:
     console.print(
         f"\nDone in {seconds:.0f} s, {megabytes:.0f} MB at most. Run folder: [bold]{run}[/bold]",
@@ -426,6 +607,44 @@ def meta_bench(result: dict[str, Any]) -> None:
         table.add_row(row["setting"], *(_number(row["value"].get(name)) for name in BENCH_SHOWN))
     console.print(table)
     console.print(f"{result['seconds']:.0f} s; seeds {result['seeds']}; the other methods are in --json.")
+
+
+def probability(value: float | None) -> str:
+    """A p- or q-value."""
+    if value is None or math.isnan(value):
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def facts_bench(result: dict[str, Any]) -> None:
+    """Real facts: one table a site, one line for each way to take the latents apart."""
+    for site in result["sites"]:
+        columns = (
+            "#carry",
+            "#correlation",
+            "#same top",
+            "#top named",
+            "#pool named",
+            "#answer follows",
+            "#others stay",
+        )
+        table = _table(f"Which part answers which question? {site['site']}", "parts", *columns)
+        for name, way in site["ways"].items():
+            figures = (
+                way["carry"]["strongest"],
+                way["correlation"],
+                way["same_top"],
+                way["named"]["use"]["top_1"],
+                way["pools"]["top_1"],
+                way["swap"]["follows"],
+                way["swap"]["others_stay"],
+            )
+            table.add_row(name, *(_number(figure["value"]) for figure in figures))
+        console.print(table)
+    console.print(
+        f"held-out pairs {result['sites'][0]['pairs']}; named by chance {1 / len(result['questions']):.2f}; "
+        f"{result['seconds']:.0f} s. Intervals and the rest are in --json."
+    )
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -35,6 +35,7 @@ import polars as pl
 from mediation.errors import MediationError
 
 PACKAGES = ("latent-mediation", "torch", "transformers", "sae_lens", "nnsight", "polars")
+PROMPTS_FILE = "prompts.jsonl"  # a run keeps the prompts it was made from
 _FORMAT = "latent-mediation run 2"
 
 
@@ -154,9 +155,10 @@ class Run:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise MediationError(f"The {kind} in {self.path} cannot be read ({reason}); run it again.") from error
 
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a UTF-8 text file such as graph.json or index.html."""
-        return _write(self.path / _checked(name), text.encode())
+    def write_text(self, name: str, text: str, *, folder: str = "") -> Path:
+        """Write a UTF-8 text file such as graph.json or index.html, in a folder of the run if one is named."""
+        place = self.path / _checked(folder) if folder else self.path
+        return _write(place / _checked(name), text.encode())
 
     def _sweep(self) -> None:
         """Remove what a killed writer left behind."""

@@ -9,6 +9,8 @@
 4. Agreement with `exact` is measured on a sample that is stratified by size, so that small effects are in it.
 5. Difference of two means: permutation test (Fisher 1935; Pitman 1937), all rearrangements where they are few.
 6. Share of a kind in a sample, at most: the exact binomial bound (Clopper and Pearson 1934), from scipy.
+7. Interval of a ratio of sums over pairs of entities: entities are resampled, and a pair counts as often as both of its
+   entities come up (Owen 2007, "The pigeonhole bootstrap"), since pairs that share an entity are not independent.
 """
 
 from __future__ import annotations
@@ -50,6 +52,35 @@ def bootstrap_interval(
         chunk = slice(start, start + width)
         ends[:, chunk] = np.quantile(weights @ columns[:, chunk], tails, axis=0)
     return ends[0].reshape(shape), ends[1].reshape(shape)
+
+
+def pair_interval(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    level: float = 0.95,
+    n: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of sum(numerator) / sum(denominator) over pairs [m] of the entities `first` and `second` [m].
+
+    The mean is the ratio with a denominator of ones. nan where no resample has a pair left.
+    """
+    top, bottom = (np.asarray(side, dtype=np.float64) for side in (numerator, denominator))
+    entities, places = np.unique(np.concatenate([np.asarray(first), np.asarray(second)]), return_inverse=True)
+    if len(entities) == 0:
+        raise MediationError("A bootstrap interval needs at least one pair.")
+    size = len(entities)
+    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
+    weights = counts[:, places[: len(top)]] * counts[:, places[len(top) :]]
+    below = weights @ bottom
+    ratios = (weights @ top)[below != 0] / below[below != 0]
+    if len(ratios) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def permutation_p(observed: ArrayLike, controls: ArrayLike) -> Floats:

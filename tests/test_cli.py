@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import polars as pl
@@ -275,11 +278,13 @@ def test_inspect_refuses_what_it_cannot_show(
 ) -> None:
     run = str(demo[1])
     assert "meta, edges" in refused(capsys, "inspect", run, "--group", "names")
-    assert "graphml, dot, parquet, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
+    assert "graphml, dot, parquet, csv, neuronpedia" in refused(capsys, "inspect", run, "--export", "png")
     assert "at most 1" in refused(capsys, "inspect", run, "--nodes", "80")
     assert "1 or more" in refused(capsys, "inspect", run, "--top", "0")
     assert "--group meta" in refused(capsys, "inspect", run, "--meta", MODEL)
     assert "run's folder" in refused(capsys, "inspect", "--dictionary", SAES, "--export", "dot")
+    assert "run's folder" in refused(capsys, "inspect", "--dictionary", SAES, "--serve")
+    assert "no-run is not a run" in refused(capsys, "inspect", run, "--against", "no-run")
     assert "no-meta" in refused(capsys, "inspect", run, "--group", "meta", "--meta", "no-meta")
 
 
@@ -303,6 +308,23 @@ def test_inspect_shows_one_prompts_own_graph(
     assert "run's folder" in refused(capsys, "inspect", "--dictionary", "x", "--prompt", "nobody")
 
 
+def test_inspect_serves_the_page_until_interrupted(demo: tuple[dict, Path, float]) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-u", "-m", "mediation.cli", "inspect", str(demo[1]), "--serve"],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    assert started.stdout is not None
+    try:
+        address = next(found[0] for line in started.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            page = answer.read().decode()
+        assert page == (demo[1] / "index.html").read_text()  # sixty prompts: the file holds them all
+        started.send_signal(signal.SIGINT)
+        assert started.wait(timeout=30) == 0
+    finally:
+        started.kill()
+
+
 def test_inspect_says_what_recurs_and_what_may_be_missed(
     demo: tuple[dict, Path, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,7 +340,7 @@ def test_inspect_says_what_recurs_and_what_may_be_missed(
     assert missed["kept"] > 20
     assert 0 < missed["at_most"] <= 1
     assert shown["warnings"] == []
-    assert "Held-out mean" in (run / "index.html").read_text()
+    assert '"held_out":30' in (run / "index.html").read_text()
     main(["inspect", str(run)])
     printed = capsys.readouterr().out
     for text in ("30 held-out prompts", "contingent", "it misses at most", "edges against exact patching"):

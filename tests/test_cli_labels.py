@@ -62,7 +62,7 @@ def test_labels_are_made_kept_and_shown_in_table_graph_and_page(
     main(["inspect", str(run)])
     assert "[/red] <script>" in capsys.readouterr().out
     page = (run / "index.html").read_text()
-    assert "&lt;script&gt;alert(1)" in page
+    assert "\\u003cscript>alert(1)" in page
     assert "<script>alert(1)" not in page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -201,7 +202,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     )
     assert {name: path.relative_to(run.path).as_posix() for name, path in written.items()} == {
         "dot": "prompt-1.dot", "graphml": "prompt-1.graphml", "parquet": "prompt-1",
-        "neuronpedia": "prompt-1.neuronpedia.json",
+        "neuronpedia": "prompt-1.neuronpedia.json", "csv": "prompt-1",
     }  # fmt: skip
     assert written["dot"].read_text() == to_dot(graph, groups)
     assert written["graphml"].read_text() == to_graphml(graph, groups)
@@ -213,6 +214,25 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert {node["clerp"] for node in data["nodes"] if node["feature_type"].startswith("cross")} == {
         node_label(values, name) for name, values in graph.digraph.nodes(data=True) if values["kind"] == "latent"
     }
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), label=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_csv_holds_the_graph_whatever_its_texts(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, label: str
+) -> None:
+    run, graph = Run.create(tmp_path_factory.mktemp("csv") / "run", {}), random_graph(seed)
+    for _, data in graph.digraph.nodes(data=True):
+        data["label"] = f'={label}"; a,\nb'
+    folder = write_exports(run, graph, [Format.CSV], origin=Origin("m", 0.5))["csv"]
+    kept = to_tables(graph)
+    for name, table in zip(("nodes", "edges"), kept, strict=True):
+        assert pl.read_csv(folder / f"{name}.csv", schema=table.schema).equals(table)
+        with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["source" if name == "edges" else "label"] for row in rows] == table[
+            "source" if name == "edges" else "label"
+        ].to_list()
 
 
 def test_what_recurs_stands_in_the_tree_and_in_graphml() -> None:

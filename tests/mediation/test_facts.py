@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -15,12 +16,21 @@ from mediation.dictionaries import Dictionary, Split
 from mediation.errors import MediationError
 from mediation.estimators import EstimatorSettings, ig
 from mediation.estimators.integrated_gradients import path_gradient
-from mediation.facts import FactSettings, controls, find_hidden_facts, kind_of, split_prompt
+from mediation.facts import (
+    NEAREST,
+    FactSettings,
+    controls,
+    find_hidden_facts,
+    kind_of,
+    nearest_latents,
+    split_prompt,
+)
 from mediation.metalatents import Decomposition, MatchingPursuit
 from mediation.metasplit import split_nodes
 from mediation.nodes import site_states
 from mediation.parts import Surgeon, pooled_parts, shapley_split
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, Example, Prompt, collate
+from mediation.statistics import permutation_p
 from mediation.subject import SubjectModel
 from tests.setups import batch_of, linear_model, random_dictionary, tiny
 from tests.tiny_models import D_MODEL
@@ -192,6 +202,12 @@ def test_the_planted_fact_is_named_and_flagged_and_nothing_else(planted: Planted
     assert flagged["prompt"].n_unique() == len(evaluation[0])
     assert flagged["removal"].to_numpy() == pytest.approx(3.0, abs=1e-4)
     assert flagged["swap_follows"].all()
+    assert flagged["counterpart"].is_not_null().all()
+    for group in table["group"].unique():
+        mine = table.filter((pl.col("group") == group) & (pl.col("kind") == "job")).drop_nulls("removal")
+        null = np.stack([np.array(each) for each in mine["controls"]])
+        observed = (mine["removal"] * mine["total_effect"].sign()).to_numpy().mean()
+        assert mine["p"].to_numpy() == pytest.approx(float(permutation_p(observed, null.mean(axis=0))))
     assert set(flagged["role"]) == {"evaluation"}
     assert table.filter(pl.col("role") == "discovery")["p"].is_null().all()
 
@@ -240,6 +256,22 @@ def test_controls_match_the_removal_in_size_and_place(llama: SubjectModel, dicti
     assert torch.allclose(found.norm(dim=-1), own.expand(40, *own.shape), atol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(found, pooled.hidden(meta)[None], dim=-1)[:, own > 0]
     assert cosine.abs().max() < 0.999  # the fact itself is not among its controls
+
+
+def test_nearest_latents_are_the_carriers_or_the_closest(dictionary: Dictionary) -> None:
+    base = pursuit()
+    cosines = torch.nn.functional.cosine_similarity(dictionary.decoder[:, None], base.directions[[3, 7]][None], dim=-1)
+    tau = float(cosines[:, 0].topk(6).values[-2:].mean())  # meta-latent 3 has five carriers
+    table = nearest_latents(dictionary, base, [3, 7], tau)
+    for column, meta in enumerate((3, 7)):
+        mine = table.filter(pl.col("meta") == meta)
+        n = max(NEAREST, int((cosines[:, column] >= tau).sum()))
+        best = cosines[:, column].topk(n)
+        assert mine["latent"].to_list() == best.indices.tolist()
+        assert mine["cosine"].to_list() == pytest.approx(best.values.tolist(), abs=1e-6)
+        assert mine["carrier"].to_list() == [value >= tau for value in best.values.tolist()]
+    assert len(table.filter(pl.col("meta") == 3)) == 5
+    assert nearest_latents(dictionary, base, [], tau).is_empty()
 
 
 def test_prompt_order_and_labels_do_not_change_the_measurements(planted: Planted) -> None:

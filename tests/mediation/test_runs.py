@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hypothesis
 import numpy as np
 import polars as pl
 import pytest
@@ -132,6 +133,7 @@ frames = st.lists(
 )
 
 
+@hypothesis.settings(deadline=None)  # it writes files, and a disk may be slow
 @example(
     shards={
         "a.b": pl.DataFrame({"node": ["y"], "effect": [2.0], "position": [2]}),
@@ -183,6 +185,7 @@ def test_names_stay_inside_the_run(tmp_path: Path, name: str) -> None:
         lambda: run.write_shard(name, "0", FRAME),
         lambda: run.write_table(name, FRAME),
         lambda: run.write_text(name, ""),
+        lambda: run.write_text("nodes.csv", "", folder=f"{name}/"),
         lambda: run.read(name),
     ):
         with pytest.raises(MediationError, match="cannot name a file"):

@@ -1,0 +1,177 @@
+"""The benchmark of real facts from end to end, on a small model that is taught facts of countries: no download.
+
+SmolLM2 needs a trained dictionary and minutes; `mediation bench facts` measures it, the quick version here does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mediation.cli import main
+from mediation.dictionaries import Coordinates
+from mediation.errors import MediationError
+from mediation.realfacts import bench
+from mediation.realfacts.bench import FactsSettings, one_token, run_facts
+from mediation.realfacts.questions import COUNTRY_QUESTIONS, Entities, countries
+from mediation.realfacts.ways import LEAST_ENTITIES, mean_differences
+from mediation.sites import Site
+from mediation.subject import SubjectModel
+from tests.setups import random_dictionary, tiny
+from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
+
+WIDTH, STEPS, COUNTRIES = 64, 480, 40
+SITE = Site.parse("blocks.0.hook_resid_pre")  # where the country's token carries everything
+
+
+def few() -> Entities:
+    """Countries that a small model learns in seconds."""
+    return countries().only(range(COUNTRIES))
+
+
+def wordings() -> list[tuple[str, str]]:
+    return [(q.attribute, w) for q in COUNTRY_QUESTIONS for w in (q.asked, q.fact_first, *q.other_wordings)]
+
+
+def teach(folder: Path) -> Path:
+    """A Llama of three layers that has learned by heart what `countries.tsv` says of a few, in every wording."""
+    entities = few()
+    texts = [w.format(name) for _, w in wordings() for name in entities.names]
+    texts += [value for values in entities.values.values() for value in values if value]
+    words = [*WORDS[:4], *sorted({word for text in texts for word in text.split()} - set(WORDS[:4]))]
+    tokenizer = tiny_tokenizer(words=words)
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.hidden_size, config.intermediate_size = len(words), WIDTH, 2 * WIDTH
+    config.head_dim, config.initializer_range = WIDTH // config.num_attention_heads, 0.08
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    batches = []
+    for attribute, wording in wordings():
+        answers = [tokenizer(str(value))["input_ids"][0] for value in entities.values[attribute]]
+        prompts = [tokenizer(wording.format(name))["input_ids"] for name in entities.names]
+        batches.append((torch.tensor(prompts), torch.tensor(answers)))
+    adam = torch.optim.AdamW(module.parameters(), lr=5e-3, weight_decay=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, STEPS)
+    for step in range(STEPS):
+        prompts, answers = batches[step % len(batches)]
+        loss = torch.nn.functional.cross_entropy(module(input_ids=prompts).logits[:, -1], answers)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rate.step()
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_countries() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "countries", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teach(tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="module")
+def result(taught: Path) -> dict[str, Any]:
+    model = SubjectModel.load(taught, device="cpu")
+    only = ("readings", "rotated readings", "coordinates", "means")
+    settings = FactsSettings(pairs=16, width=40, only=only)
+    return run_facts(model, [(Coordinates(SITE, WIDTH), None)], settings=settings)
+
+
+def test_the_model_knows_and_its_country_token_carries(result: dict[str, Any]) -> None:
+    (site,) = result["sites"]
+    assert min(site["known"].values()) >= 15
+    for figure in site["carry"]["whole"].values():
+        assert figure["value"] == pytest.approx(1.0, abs=1e-3)
+    for figure in site["carry"]["error"].values():  # coordinates leave nothing over
+        assert figure["value"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_parts_that_span_everything_carry_everything(result: dict[str, Any]) -> None:
+    ways = result["sites"][0]["ways"]
+    for name in ("latents", "coordinates"):
+        assert ways[name]["carry"]["parts"]["value"] == pytest.approx(1.0, abs=1e-3)
+        assert ways[name]["carry"]["rest"]["value"] == pytest.approx(0.0, abs=1e-3)
+    # The same axes, once as latents and once as parts of latents, must give the same figures.
+    for figure in ("correlation", "same_top", "switch"):
+        assert ways["latents"][figure]["value"] == pytest.approx(ways["coordinates"][figure]["value"], abs=1e-3)
+    both = ("readings", "rotated readings")
+    carried = [ways[name]["carry"]["parts"]["value"] for name in both]
+    assert carried[0] == pytest.approx(carried[1], abs=1e-3)  # one space, turned
+
+
+def test_readings_name_the_question_where_chance_does_not(result: dict[str, Any]) -> None:
+    ways = result["sites"][0]["ways"]
+    named = {name: ways[name]["pools"]["top_1"]["value"] for name in ("readings", "rotated readings")}
+    assert named["readings"] > max(0.4, named["rotated readings"] + 0.1), named
+    shares = ways["readings"]["pools"]["shares"]
+    for question, pools in shares.items():
+        # All pools together are all parts.
+        whole = ways["readings"]["carry"]["parts"]["value"]
+        assert sum(pools.values()) == pytest.approx(whole, abs=0.35), question
+
+
+def test_other_wordings_are_measured_on_the_same_pairs(result: dict[str, Any]) -> None:
+    words = result["sites"][0]["ways"]["readings"]["other_words"]
+    assert [each["question"] for each in words] == result["questions"]
+    asked = result["sites"][0]["pairs"]
+    assert all(each["pairs"] <= asked[each["question"]] for each in words)
+    assert any(each["pairs"] > 0 for each in words)
+
+
+def test_the_result_is_json_and_repeats(result: dict[str, Any], taught: Path) -> None:
+    json.dumps(result, allow_nan=False)
+    model = SubjectModel.load(taught, device="cpu")
+    settings = FactsSettings(pairs=16, width=40, only=("readings",))
+    again = run_facts(model, [(Coordinates(SITE, WIDTH), None)], settings=settings)
+    assert again["sites"][0]["ways"]["readings"] == result["sites"][0]["ways"]["readings"]
+
+
+def test_the_command_takes_folders(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_dictionary(tmp_path / "saes" / "one", SITE.name, d_in=WIDTH, d_sae=80)
+    monkeypatch.delenv("MEDIATION_DATA", raising=False)
+    command = ["bench", "facts", "--model", str(taught), "--saes", str(tmp_path / "saes"), "--pairs", "6"]
+    main([*command, "--width", "10", "--way", "readings", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert list(made["sites"][0]["ways"]) == ["latents", "readings"]
+    main([*command, "--width", "10", "--way", "nearest row"])
+    assert "nearest row" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--way", "no such way"])
+    assert stopped.value.code == 2
+    assert "no way called 'no such way'" in capsys.readouterr().err
+
+
+def test_a_model_that_spells_countries_is_refused(tmp_path: Path) -> None:
+    model = tiny(tmp_path)
+    model.tokenizer.backend_tokenizer.pre_tokenizer = None
+    with pytest.raises(MediationError, match="ten are needed"):
+        one_token(countries().only(range(3)), model)
+
+
+def test_differences_of_means_are_of_shared_values() -> None:
+    development, _ = countries().split(0)
+    x = torch.randn(len(development), 5, generator=torch.Generator().manual_seed(0))
+    found = mean_differences(development, x)
+    spanish = torch.tensor([value == "Spanish" for value in development.values["language"]])
+    assert int(spanish.sum()) >= LEAST_ENTITIES
+    expected = x[spanish].mean(0) - x[~spanish].mean(0)
+    assert min((row - expected).norm() for row in found) < 1e-5
+    counts = [sum(value == each for value in values) for values in development.values.values() for each in set(values)]
+    assert len(found) == sum(n >= LEAST_ENTITIES for n in counts)
+    assert not math.isnan(found.sum())
