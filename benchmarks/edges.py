@@ -1,7 +1,9 @@
 """Edges of an attribution graph by several algorithms, side by side in one run, on the same nodes, with equal results.
 
     python benchmarks/edges.py > edges.json
-    python benchmarks/edges.py --model smollm2 --saes PACK/saes --prompts prompts.jsonl --threads 2 > edges.json
+    python benchmarks/edges.py --model smollm2 --saes examples/packs/smollm2 --text FILE > edges.json
+
+With a text, the prompts are beginnings of its paragraphs, of 16 to 64 tokens in even steps, under the zero baseline.
 
 1. `ours`: circuits.edges.
 2. `sparse_feature_circuits`: the loop of Marks et al. 2024 as `attribution.jvp` of their repository has it. For each
@@ -20,11 +22,14 @@
 5. `one_prompt_repeated_in_order`: the same with targets in order of their places, so that a pass runs only through the
    stretches of its own targets.
 
+6. `ours_in_bf16`: ours with products whose factors are rounded to bf16, which is not on offer: see its `drift`, the
+   norm of the change over that of the edges.
+
 All methods' fp32 products run as `mediation` runs them (mediation.products), or, with `--plain-products`, as PyTorch
 does by itself. A method's time has its forward passes in it. Every method's edges are compared with ours before a time
 is printed. Repeats alternate between the methods and their median counts; with one thread it is processor time, so
-that other programs on the machine do not count. The slow `sparse_feature_circuits` is timed on the first `--few`
-prompts of the set, and its time is scaled by the number of targets. `share_of_peak` is the floor of operations in
+that other programs on the machine do not count. `sparse_feature_circuits` runs once, over the set in batches of two
+prompts, neighbours in length, or of `--batch`. `share_of_peak` is the floor of operations in
 circuits.edges over the time, beside a matrix product of this machine in this run. `nodes` compares node attribution of
 the set with a bare forward and backward pass of the model, parameters frozen and last-position logits only.
 """
@@ -245,6 +250,19 @@ def ours(model: SubjectModel, tasks: list[Task], chunk: int) -> list[Edges]:
     return [edges(model, task.batch, task.sources, task.targets, chunk=chunk) for task in tasks]
 
 
+def ours_in_bf16(model: SubjectModel, tasks: list[Task], chunk: int) -> list[Edges]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    found = ours(model, tasks, chunk)
+    matmul.fp32_precision = before
+    return found
+
+
+def drift(reference: list[Edges], found: list[Edges]) -> float:
+    exact, other = (torch.cat([each.weight for each in edges]) for edges in (reference, found))
+    return float((other - exact).norm() / exact.norm())
+
+
 def same(task: Task, reference: Edges, found: Found) -> float:
     """Largest difference of any edge, as a share of the largest edge; edges that one side lacks count as zero."""
     worst, largest, start = 0.0, float(reference.weight.abs().max()), 0
@@ -333,15 +351,19 @@ Method = Callable[[SubjectModel, list[Task], int], list[Found]]
 METHODS: list[Method] = [one_backward_per_target, one_prompt_repeated, one_prompt_repeated_in_order]
 
 
-def compare(model: SubjectModel, tasks: list[Task], few: list[Task], chunk: int, repeats: int) -> dict[str, Any]:
-    """Times of all methods on the same targets; raises AssertionError where their edges differ."""
+def compare(model: SubjectModel, tasks: list[Task], pairs: list[Task], chunk: int, repeats: int) -> dict[str, Any]:
+    """Times of all methods on the same targets; raises AssertionError where their edges differ.
+
+    `pairs` are the same prompts in the batches that sparse feature circuits takes them in.
+    """
     calls: dict[str, Callable[[], Any]] = {"ours": lambda: ours(model, tasks, chunk)}
     calls |= {each.__name__: lambda each=each: each(model, tasks, chunk) for each in METHODS}
-    calls["sparse_feature_circuits"] = lambda: sparse_feature_circuits(model, few, chunk)
+    calls["ours_in_bf16"] = lambda: ours_in_bf16(model, tasks, chunk)
     results, seconds = alternating(calls, repeats)
+    literal = {"sparse_feature_circuits": lambda: sparse_feature_circuits(model, pairs, chunk)}
+    for found, times in zip((results, seconds), alternating(literal, 1), strict=True):
+        found.update(times)  # type: ignore[arg-type]
     rate, operations = peak(), sum(floor(model, task) for task in tasks)
-    scale = targets_of(tasks) / targets_of(few)
-    seconds["sparse_feature_circuits"] *= scale
     result: dict[str, Any] = {
         "prompts": sum(len(task.batch) for task in tasks),
         "tokens": sum(int(task.batch.mask.sum()) for task in tasks),
@@ -351,10 +373,16 @@ def compare(model: SubjectModel, tasks: list[Task], few: list[Task], chunk: int,
         "peak_gflops": rate / 1e9,
         "ours": {"seconds": seconds["ours"], "share_of_peak": operations / seconds["ours"] / rate},
     }
-    for name in list(calls)[1:]:
-        literal = name == "sparse_feature_circuits"
-        reference = ours(model, few, chunk) if literal else results["ours"]
-        gap = max(same(*each) for each in zip(few if literal else tasks, reference, results[name], strict=True))
+    seconds_in_bf16 = seconds["ours_in_bf16"]
+    result["ours_in_bf16"] = {
+        "seconds": seconds_in_bf16,
+        "times_ours": seconds_in_bf16 / seconds["ours"],
+        "drift": drift(results["ours"], results["ours_in_bf16"]),
+    }
+    for name in [*(each.__name__ for each in METHODS), *literal]:
+        made = pairs if name in literal else tasks
+        reference = ours(model, pairs, chunk) if name in literal else results["ours"]
+        gap = max(same(*each) for each in zip(made, reference, results[name], strict=True))
         assert gap < 1e-4, f"{name} differs from ours by {gap:.1e} of the largest edge"
         result[name] = {
             "seconds": seconds[name],
@@ -402,16 +430,30 @@ def node_attribution(
     }
 
 
+def paragraphs(model: SubjectModel, file: Path, number: int) -> PromptSet:
+    """Beginnings of paragraphs of a text, of 16 to 64 tokens in even steps."""
+    found = [" ".join(each.split()) for each in file.read_text(encoding="utf-8").split("\n\n")]
+    long = [each for each in found if len(model.encode(each)) >= 64][:number]
+    rows = []
+    for index, text in enumerate(long):
+        words, most = text.split(" "), 16 + round(48 * index / max(1, number - 1))
+        while len(model.encode(" ".join(words))) > most:
+            words.pop()
+        rows.append({"id": str(index), "clean": " ".join(words), "answer": " the", "wrong_answer": " a"})
+    return PromptSet.from_rows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ORGANISM / "model"), help="folder, or smollm2")
     parser.add_argument("--saes", nargs="+", default=[str(ORGANISM / "saes")])
     parser.add_argument("--prompts", default=str(ORGANISM / "prompts.jsonl"))
+    parser.add_argument("--text", type=Path, help="make the prompts from this text instead")
     parser.add_argument("--baseline", type=Baseline, default=Baseline.CORRUPT, choices=list(Baseline))
     parser.add_argument("--number", type=int, default=16, help="prompts in the set")
     parser.add_argument("--per-site", type=int, default=16, help="targets of each prompt and site")
     parser.add_argument("--chunk", type=int, default=32, help="copies in a pass, of all methods")
-    parser.add_argument("--few", type=int, default=2, help="prompts of the set for the slowest method")
+    parser.add_argument("--batch", type=int, default=2, help="prompts in a batch of sparse feature circuits")
     parser.add_argument("--repeats", type=int, default=3, help="the median counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plain-products", action="store_true", help="leave fp32 products to PyTorch's choice")
@@ -422,14 +464,17 @@ def main() -> None:
     source = Source(chosen.model, tuple(chosen.saes), chosen.prompts, "cpu")
     model = SubjectModel.load(chosen.model, device="cpu")
     dictionaries = load_dictionaries(source, "cpu")
-    prompts = PromptSet.from_jsonl(chosen.prompts)[: chosen.number]
+    if chosen.text is not None:
+        prompts, chosen.baseline = paragraphs(model, chosen.text, chosen.number), Baseline.ZERO
+    else:
+        prompts = PromptSet.from_jsonl(chosen.prompts)[: chosen.number]
     examples = tokenize(prompts, model, baseline=chosen.baseline)
 
     def task(batch: Batch) -> Task:
         return make_task(model, batch, dictionaries, chosen.per_site, chosen.baseline)
 
     longest = collate([max(examples, key=len)])
-    made, few = list(batches(examples, chosen.number)), list(batches(examples[: chosen.few], chosen.few))
+    made, pairs = (list(batches(examples, size)) for size in (chosen.number, chosen.batch))
     result = {
         "model": model.name,
         "sites": [each.site.name for each in dictionaries],
@@ -439,9 +484,10 @@ def main() -> None:
             "model": model.name,
             "saes": len(dictionaries),
             "prompts": Path(chosen.prompts).name,
+            "text": chosen.text and chosen.text.name,
         },
         "one_prompt": compare(model, *[[task(longest)]] * 2, chosen.chunk, chosen.repeats),
-        "set": compare(model, *(list(map(task, each)) for each in (made, few)), chosen.chunk, chosen.repeats),
+        "set": compare(model, *(list(map(task, each)) for each in (made, pairs)), chosen.chunk, chosen.repeats),
         "nodes": node_attribution(model, made, dictionaries, chosen.baseline, chosen.repeats),
     }
     json.dump(result, sys.stdout, indent=1)

@@ -616,9 +616,9 @@ class _Collector:
         if (index, row) not in self.laid_out:
             mine = slice(*self.starts[index][row : row + 2])
             made = _RowSources.of(self.sources[index], index, row, mine, begin, end)
-            size = made.padded.numel() * self.sources[index].decoder.shape[1]
+            size = sum(group.latent.numel() for group in made.padded) * self.sources[index].decoder.shape[1]
             if size <= self.room:
-                made.gathered = made.sources.decoder[made.padded]
+                made.gather()
                 self.room -= size
             self.laid_out[index, row] = made
         return self.laid_out[index, row]
@@ -666,8 +666,9 @@ def _columns(rows: EdgeRows) -> list[Tensor]:
 class _RowSources:
     """Sources of one row at one site from position `begin` on, laid out for the contraction: m latents, then errors.
 
-    source, position, latent: long [n]. index, place: long [m], where each latent is in `padded` [positions, most], the
-    latents of each position `here`, padded to the same number. gathered: their decoder rows, where they are kept.
+    source, position, latent: long [n]. delta: [m]. padded: groups of positions with about as many latents on, since
+    some have ten times as many as others. column: long [m], where each latent is among the groups' columns, laid one
+    after another.
     """
 
     sources: Sources
@@ -677,11 +678,8 @@ class _RowSources:
     position: Tensor
     latent: Tensor
     delta: Tensor
-    here: Tensor
-    index: Tensor
-    place: Tensor
-    padded: Tensor
-    gathered: Tensor | None = None
+    padded: list[_Padded]
+    column: Tensor
 
     @classmethod
     def of(cls, sources: Sources, number: int, row: int, mine: slice, begin: int, end: int) -> _RowSources:
@@ -689,13 +687,27 @@ class _RowSources:
         position, latent = sources.position[mine], sources.latent[mine]
         here, index, counts = torch.unique_consecutive(position, return_inverse=True, return_counts=True)
         place = torch.arange(len(position), device=position.device) - (counts.cumsum(0) - counts)[index]
-        padded = latent.new_zeros(len(here), int(counts.max()) if len(counts) else 0)
-        padded[index, place] = latent
+        column, groups, start = torch.empty_like(position), [], 0
+        level = counts.float().log2().ceil()
+        for each in level.unique():
+            some = (level == each).nonzero()[:, 0]
+            within = (level == each)[index]
+            at, most = torch.searchsorted(some, index[within]), int(counts[some].max())
+            padded = latent.new_zeros(len(some), most)
+            padded[at, place[within]] = latent[within]
+            column[within] = start + at * most + place[within]
+            groups.append(_Padded(here[some], padded))
+            start += padded.numel()
         free = sources.free[row, :end].nonzero()[:, 0]
         every = torch.cat([position, free])
         names = torch.cat([latent, torch.full_like(free, REST)])
         number_of_all = torch.full_like(every, number)
-        return cls(sources, row, begin, number_of_all, every, names, sources.delta[mine], here, index, place, padded)
+        return cls(sources, row, begin, number_of_all, every, names, sources.delta[mine], groups, column)
+
+    def gather(self) -> None:
+        """Keep the decoder rows of all latents."""
+        for group in self.padded:
+            group.gathered = self.sources.decoder[group.latent]
 
     def weights(self, pulled: Tensor) -> Tensor:
         """(f_u - f'_u) w_u . pulled [c, T, d] at u's position, and of errors, [c, n]."""
@@ -704,15 +716,29 @@ class _RowSources:
         rest = torch.einsum("ctd,td->ct", pulled, self.sources.rest[self.row, begin : begin + pulled.shape[1]])[:, free]
         if not len(self.delta):
             return rest
-        step = max(1, GATHERED // (self.padded.shape[1] * pulled.shape[2]))
-        if self.gathered is not None:
-            parts = [torch.bmm(self.gathered, pulled[:, self.here - begin].permute(1, 2, 0))]
-        else:
-            parts = [
-                torch.bmm(self.sources.decoder[rows], pulled[:, at - begin].permute(1, 2, 0))
-                for at, rows in zip(self.here.split(step), self.padded.split(step), strict=True)
-            ]
-        return torch.cat([torch.cat(parts)[self.index, self.place].T * self.delta, rest], dim=1)
+        parts = [part for group in self.padded for part in group.products(self.sources.decoder, pulled, begin)]
+        return torch.cat([torch.cat(parts)[self.column].T * self.delta, rest], dim=1)
+
+
+@dataclass
+class _Padded:
+    """Latents [p, most] on at positions `here` [p], padded with latent 0; gathered: their decoder rows, if kept."""
+
+    here: Tensor
+    latent: Tensor
+    gathered: Tensor | None = None
+
+    def products(self, decoder: Tensor, pulled: Tensor, begin: int) -> Iterator[Tensor]:
+        """Decoder rows times pulled [c, T, d] at their positions, [p * most, c] in pieces."""
+        step = (
+            len(self.here)
+            if self.gathered is not None
+            else max(1, GATHERED // (self.latent.shape[1] * pulled.shape[2]))
+        )
+        for start in range(0, len(self.here), step):
+            some = slice(start, start + step)
+            rows = self.gathered if self.gathered is not None else decoder[self.latent[some]]
+            yield torch.bmm(rows, pulled[:, self.here[some] - begin].permute(1, 2, 0)).flatten(0, 1)
 
 
 # Jobs ----------------------------------------------------------------------------------------------------------------
