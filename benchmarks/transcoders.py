@@ -5,8 +5,9 @@
 
 A random Llama of SmolLM2's size (30 layers, width 576, 9 and 3 heads), random transcoders of 6,144 latents, `--on` of
 which are on at a position and layer, embeddings and errors as sources: 512 nodes are targets, evenly spread, and all
-their edges are kept as finished rows on disk. circuit-tracer 0.5.0 on the same sizes, with batches of 64 on 2 CPU
-cores, took 22.0 s and 3.4 GB for 32 tokens and 46.7 s and 5.3 GB for 64.
+their edges are kept as finished rows on disk. The semantics are circuit-tracer's: attention patterns and divisors of
+norms are held. circuit-tracer 0.5.0 on the same sizes, with batches of 64 on 2 CPU cores, took 22.0 s and 3.4 GB for 32
+tokens and 46.7 s and 5.3 GB for 64.
 
 Seconds and the peak of the resident set are those of everything after loading: encoding, edges, writing; the peak holds
 model and transcoders too. With one thread the seconds are processor time.
@@ -28,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from circuits.edges import EdgeRows, Sources, Targets, edges
 from mediation.dictionaries import Dictionary
+from mediation.frozen import Semantics
 from mediation.nodes import site_states
 from mediation.products import use_fast_products
 from mediation.prompts import Baseline, Example, collate
@@ -55,8 +57,8 @@ def random_transcoder(layer: int, read: torch.Tensor, on: int) -> Dictionary:
     sae = Transcoder(
         TranscoderConfig(d_in=WIDTH, d_out=WIDTH, d_sae=LATENTS, metadata=metadata, apply_b_dec_to_input=False)
     )
-    sae.W_enc.data = torch.nn.functional.normalize(torch.randn(WIDTH, LATENTS), dim=0)
-    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(LATENTS, WIDTH), dim=1)
+    for weight, dim in ((sae.W_enc, 0), (sae.W_dec, 1)):  # in place: what is freed between them would count as held
+        torch.nn.functional.normalize(weight.data.normal_(), dim=dim, out=weight.data)
     sae.b_dec.data.zero_()
     sae.b_enc.data = -(read @ sae.W_enc).quantile(1 - on / LATENTS, dim=1).mean().expand(LATENTS).clone()
     return Dictionary(sae, name=f"transcoder-{layer}", site=site, content_hash="")
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=512)
     parser.add_argument("--on", type=int, default=31)
     parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--semantics", type=Semantics, default=Semantics.LINEAR, choices=list(Semantics))
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -106,7 +109,7 @@ def main() -> None:
             kept += len(rows.weight)
             run.write_shard("edges", f"{kept:012d}", rows.frame())
 
-        edges(model, batch, sources, nodes, chunk=chosen.chunk, sink=write)
+        edges(model, batch, sources, nodes, semantics=chosen.semantics, chunk=chosen.chunk, sink=write)
         seconds = clock() - start
         result = {
             "settings": vars(chosen),

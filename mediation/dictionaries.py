@@ -132,10 +132,14 @@ class Autoencoder:
 
         `read` [..., d_model] is what the latents are read off; x itself by default.
         """
-        z, scale, shift = self._normalise(x if read is None else read)
+        latents, constant = self.explain(x if read is None else read)
+        return Split(latents, constant, x.to(latents) - self.decode(latents) - constant)
+
+    def explain(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and constant of `split`, [..., d_sae] and [..., d_model], without the error, which costs a decode."""
+        z, scale, shift = self._normalise(read)
         latents = self.sae.encode(z) * self._fold * scale
-        constant = (self.b_dec * scale + shift).expand(x.shape)
-        return Split(latents, constant, x.to(z) - self.decode(latents) - constant)
+        return latents, (self.b_dec * scale + shift).expand(*read.shape[:-1], -1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents @ decoder, [..., d_model] of [..., d_sae]; where few are on, by those alone."""
@@ -244,10 +248,10 @@ class Coordinates(Dictionary):
         """The coordinates themselves, [..., d_model]."""
         return x.to(self.decoder)
 
-    def split(self, x: Tensor, read: Tensor | None = None) -> Split:
-        """x is all latents; constant and error are zero."""
-        latents = self.encode(x)
-        return Split(latents, torch.zeros_like(latents), torch.zeros_like(latents))
+    def explain(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """All of it is latents, [..., d_model]; the constant is zero."""
+        latents = self.encode(read)
+        return latents, torch.zeros_like(latents)
 
 
 @torch.no_grad()

@@ -41,8 +41,12 @@ class Heads(Dictionary):
 
     def split(self, x: Tensor, read: Tensor | None = None) -> Split:
         """All of z belongs to heads: constant and error are zero."""
-        nothing = torch.zeros_like(x.to(self.decoder))
-        return Split(self.encode(x), nothing, nothing)
+        latents, nothing = self.explain(x)
+        return Split(latents, nothing, nothing)
+
+    def explain(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents as `encode` has them; the constant is zero."""
+        return self.encode(read), torch.zeros_like(read.to(self.decoder))
 
     def directions(self, change: Tensor) -> Tensor:
         """u of every head where z changes by `change` [n, width]: [n * heads, width], rows in order."""

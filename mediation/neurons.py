@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mediation.dictionaries import Dictionary, Split
+from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.loading import ARCHITECTURES
 from mediation.sites import Site, Stream
@@ -58,12 +58,9 @@ class Neurons(Dictionary):
             handle.remove()
         return held[0].float() * self._norms
 
-    def split(self, x: Tensor, read: Tensor | None = None) -> Split:
-        """The MLP's output x [..., d_model] from its input `read`; the error is rounding."""
-        assert read is not None  # neurons read another site than they write
-        latents = self.encode(read)
-        constant = self.b_dec.expand(x.shape)
-        return Split(latents, constant, x - latents @ self.decoder - constant)
+    def explain(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the MLP's output, from its input `read` [..., d_model]; the error is rounding."""
+        return self.encode(read), self.b_dec.expand(*read.shape[:-1], -1)
 
     def rows(self, read: Tensor, latent: Tensor) -> Tensor:
         """Slopes [n, d_model] of n neurons, each at what the MLP is given at its place, `read` [n, d_model]."""

@@ -172,16 +172,16 @@ class Changes:
 
 def changes(dictionary: Dictionary, value: SiteValue, other: Reference) -> Changes:
     """Latents at n places; `value` and `other` hold their values there, [n, d]. Dense: see ENCODE_TOKENS."""
-    split = dictionary.split(value.x, value.read)
-    active = split.latents != 0
+    latents, constant = dictionary.explain(value.read)
+    active = latents != 0
     if isinstance(other, SiteValue):
         f0, x0 = dictionary.encode(other.read), other.x
         active = active | (f0 != 0)
     elif other is None:
-        f0, x0 = torch.zeros_like(split.latents), split.constant
+        f0, x0 = torch.zeros((), device=latents.device).expand_as(latents), constant
     else:
-        f0, x0 = other.latents.expand_as(split.latents), other.x.expand_as(value.x)
-    return Changes(split.latents, f0, active, torch.where(active, split.latents - f0, 0.0), x0)
+        f0, x0 = other.latents.expand_as(latents), other.x.expand_as(value.x)
+    return Changes(latents, f0, active, torch.where(active, latents - f0, 0.0), x0)
 
 
 def site_state(

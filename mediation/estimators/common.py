@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from mediation.sites import Site
 from mediation.subject import Prefix, SubjectModel
 
 Edits = Mapping[Site, Callable[[Tensor], Tensor]]
-GATHER_NODES = 16_384  # nodes contracted at a time; bounds the [nodes, d_model] gather
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,18 @@ def states_and_gradients(
 
 
 def contract(state: SiteState, gradient: Tensor) -> NodeScores:
-    """A_i = (f_i - f'_i) g.w_i for every node and (eps - eps').g for every error node."""
-    decoder, index, delta = state.decoder, state.index, state.delta
-    pieces = [
-        delta[part] * torch.einsum("nd,nd->n", gradient[state.row[part], state.position[part]], decoder[index[part]])
-        for part in torch.arange(len(delta), device=delta.device).split(GATHER_NODES)
-    ]
-    latents = torch.cat(pieces) if pieces else delta
+    """A_i = (f_i - f'_i) g.w_i for every node and (eps - eps').g for every error node.
+
+    The products are those of a [positions, rows] matrix at the nodes alone, so that neither gradients nor decoder rows
+    are copied for each node.
+    """
+    place = state.row * gradient.shape[1] + state.position
+    order = torch.argsort(place * len(state.decoder) + state.index)
+    column, flat = state.index[order], gradient.flatten(0, 1)
+    starts = torch.searchsorted(place[order], torch.arange(len(flat) + 1, device=place.device))
+    shape = (len(flat), len(state.decoder))
+    nodes = torch.sparse_csr_tensor(starts, column, torch.zeros_like(state.delta), shape, check_invariants=False)
+    latents = torch.empty_like(state.delta)
+    latents[order] = torch.sparse.sampled_addmm(nodes, flat, state.decoder.T, beta=0.0).values()
+    latents *= state.delta
     return NodeScores(latents, torch.einsum("btd,btd->bt", state.error, gradient))

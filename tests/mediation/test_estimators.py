@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from mediation.dictionaries import Dictionary, Split
+from mediation.dictionaries import Dictionary
 from mediation.effects import effects, total_effect
 from mediation.estimators import ESTIMATORS, Estimator, EstimatorSettings, NodeScores, atp, exact, ig
 from mediation.estimators.common import contract, states_and_gradients
@@ -193,7 +193,7 @@ def test_a_mediator_that_is_the_whole_site_carries_everything(tmp_path: Path) ->
     identity = torch.eye(16)
     dictionary.decoder = torch.cat([identity, -identity])
     dictionary.encode = lambda x: torch.cat([x.relu(), (-x).relu()], dim=-1)  # type: ignore[method-assign]
-    dictionary.split = lambda x, read: Split(dictionary.encode(x), torch.zeros_like(x), torch.zeros_like(x))  # type: ignore[method-assign]
+    dictionary.explain = lambda read: (dictionary.encode(read), torch.zeros_like(read))  # type: ignore[method-assign]
     (state,) = site_states(model, batch, [dictionary], Baseline.CORRUPT)
     assert state.error.abs().max() < 1e-5
     found = effects(model, batch, state, Baseline.CORRUPT, [torch.arange(len(state.row))])
