@@ -41,7 +41,8 @@ python docs/make_evidence_facts.py RESULT.json ...
 
 {short}
 
-{findings}
+@FINDINGS@
+
 {sections}
 
 ## How far can facts be apart?
@@ -53,7 +54,32 @@ Mean cosine of the path gradients, at the entity's token, of two questions about
 Where it is high, the model answers both questions from much the same directions, and tells them apart later, at the
 end of the prompt. No way to divide the latents can separate what is read alike.
 
-{tried}
+## What was tried, on development countries
+
+41 of the 61 development countries to learn from, 64 pairs of the other 20 (capital asked of 62 of them, language 22,
+currency 2, continent 59), one development wording, whole differences, seed 0. *follows*, *stay*, *both*:
+
+| exchanged | block 16 | block 20 |
+|---|---|---|
+| everything | .85, .12, .48 | .85, .12, .48 |
+| contrasts in 150 dimensions, all shared out by share | .24, .94, .59 | .26, .94, .60 |
+| contrasts above the fair share | .58, .74, .66 | .45, .75, .60 |
+| contrasts above 1.2 times that | .54, .76, .65 | .39, .76, .58 |
+| contrasts above 1.6 times that | .34, .91, .63 | .33, .90, .62 |
+| contrasts in 300 dimensions, 1.2 times | .36, .71, .54 | .35, .70, .53 |
+| readings, 150 wide, above the fair share | .51, .78, .65 | .37, .78, .57 |
+| readings, 1.2 times | .35, .90, .62 | .35, .88, .62 |
+| readings turned at random, above the fair share | .35, .60, .48 | .36, .53, .45 |
+| trained subspaces, 64 dimensions: pairs of the 41 | .99, .81, .90 | |
+| the same: pairs of the 20 | .30, .93, .61 | |
+| trained subspaces, 160 dimensions: pairs of the 41 | .97, .77, .87 | |
+| the same: pairs of the 20 | .38, .88, .63 | |
+
+From these come the bound of 1.2, the 150 dimensions and the sites. First-order figures mislead here: gradients at the
+two ends of a path make up only .38 to .67 of the total effect (blocks 8 to 20), since half an exchange moves less than
+half of the answer; so pools of whole parts exchange more than all parts shared out. At block 25 the token carries
+nothing any more (first-order .00 to .06). A ridge regression of effects on products of gradients and differences did
+not generalise (first-order, block 16: follows .17, stay .96).
 """
 SITE = """## {topic}, {site}
 
@@ -279,10 +305,8 @@ def main() -> None:
             for run in runs
         ),
         short=short(runs),
-        findings=(DOCS / "evidence" / "facts-findings.md").read_text(encoding="utf-8"),
         sections="\n".join(sections),
         cosines=table(["entities", "site", "cosines"], cosines),
-        tried=(DOCS / "evidence" / "facts-tried.md").read_text(encoding="utf-8").rstrip(),
     )
     (DOCS / "evidence-facts.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 

@@ -39,21 +39,14 @@ def contrasts(
     """Steps 1 and 2 for gradients [n, d] by question; `turned`: the seed of as many random axes."""
     moments, whiten = reading_space(gradients, width)
     into = torch.linalg.pinv(whiten.double()).float()
-    found = {}
-    for q, (shares, axes) in _axes(gradients, moments, whiten).items():
-        kept = axes[:, shares > clear / len(gradients)]
-        if turned is not None:
-            generator = torch.Generator().manual_seed(turned)
-            kept = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q[:, : kept.shape[1]]
-        found[q] = whiten @ (kept @ kept.T) @ into
-    return found
-
-
-def _axes(gradients: Mapping[str, Tensor], moments: Tensor, whiten: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(turned or 0)
     found = {}
     for q, moment in zip(gradients, moments, strict=True):
         shares, axes = torch.linalg.eigh(whiten.T @ moment @ whiten)
-        found[q] = (shares, axes)
+        kept = axes[:, shares > clear / len(gradients)]
+        if turned is not None:
+            kept = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q[:, : kept.shape[1]]
+        found[q] = whiten @ (kept @ kept.T) @ into
     return found
 
 
@@ -69,15 +62,14 @@ def trained(
 ) -> dict[str, Tensor]:
     """Steps 3 and 4 on the entities of `asking`; MediationError where a question has fewer than two known answers."""
     moments, whiten = reading_space(gradients, width)
-    axes = _axes(gradients, moments, whiten)
     known = {q: each.nonzero()[:, 0] for q, each in asking.knows.items()}
     found = {}
-    for q in asking.by_question:
+    for q, moment in zip(gradients, moments, strict=True):
         if len(asking.answers[q][known[q]].unique()) < 2:
             raise MediationError(f"The model knows too few answers to train a subspace for {q}.")
         progress(q)
-        start = whiten @ axes[q][1][:, -rank:]
-        found[q] = _train(asking, q, known, start, steps, torch.Generator().manual_seed(seed))
+        axes = torch.linalg.eigh(whiten.T @ moment @ whiten).eigenvectors
+        found[q] = _train(asking, q, known, whiten @ axes[:, -rank:], steps, torch.Generator().manual_seed(seed))
     return found
 
 

@@ -5,8 +5,10 @@ SmolLM2 needs a trained dictionary and minutes; `mediation bench facts` measures
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
 WIDTH, STEPS, COUNTRIES = 64, 480, 40
 ALL = countries()
+DOCS = Path(__file__).parents[2] / "docs"
 SITE = Site.parse("blocks.0.hook_resid_pre")  # where the country's token carries everything
 
 
@@ -206,6 +209,38 @@ def test_the_command_takes_folders(
             main([*command, "--quick", *wrong])
         assert stopped.value.code == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What docs/make_evidence_facts.py writes into `folder`."""
+    spec = importlib.util.spec_from_file_location("make_evidence_facts", DOCS / "make_evidence_facts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "DOCS", folder)
+    monkeypatch.setattr(script, "RESULTS", folder / "evidence" / "facts.json")
+    monkeypatch.setattr("sys.argv", ["make_evidence_facts.py", *map(str, results)])
+    script.main()
+    return (folder / "evidence-facts.md").read_text()
+
+
+def test_the_page_is_made_of_results(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    text = page(tmp_path, [tmp_path / "one.json"], monkeypatch)
+    share = result["sites"][0]["ways"]["readings"]["carry"]["strongest"]["value"]
+    assert f"| readings | {share:.2f} [" in text
+    assert "subspaces: trained" in text
+    assert (tmp_path / "evidence-facts-countries-blocks-0-hook_resid_pre.svg").exists()
+    assert page(tmp_path, [], monkeypatch) == text  # from what it keeps
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evidence").mkdir()
+    shutil.copy(DOCS / "evidence" / "facts.json", tmp_path / "evidence")
+    assert page(tmp_path, [], monkeypatch) == (DOCS / "evidence-facts.md").read_text()
+    for plot in tmp_path.glob("*.svg"):
+        assert (DOCS / plot.name).exists()
 
 
 def test_a_model_that_spells_countries_is_refused(tmp_path: Path) -> None:
