@@ -22,9 +22,10 @@ RESULTS = DOCS / "evidence" / "facts.json"
 COMMAND = "mediation bench facts --model smollm2 --saes SAES --meta METAS --data DATA --entities '{}' --json"
 TEXT = """# Real facts: which part of a country's latents answers which question?
 
-{model} is asked about a country or a city with the entity first ("In {{}}, the capital city is"), so that the residual
-at the entity's last token, and every latent there, is the same for all questions. A latent-level graph cannot tell
-which fact was used; parts of the latents might. Everything that is learned or named comes from development entities and
+{model} is asked about a country or a city with the entity first
+("In {{}}, the capital city is"), so that the residual at the entity's last token, and every latent there, is the same
+for all questions. A latent-level graph cannot tell which fact was used; parts of the latents might. Everything that
+is learned or named comes from development entities and
 other wordings; all figures are of pairs of held-out entities whose answers the model knows, by intervention at the
 entity's last token. Dictionaries: the pack's (8,192 latents). `mediation/realfacts/bench.py` defines every figure,
 `ways.py` and `subspaces.py` beside it every way to take latents apart. Brackets: 95 % bootstrap intervals over
@@ -41,7 +42,33 @@ python docs/make_evidence_facts.py RESULT.json ...
 
 {short}
 
-@FINDINGS@
+Countries at block 16 (48 pairs, 130 questions asked of them):
+
+- **Three targets are met by their point estimates, and meeting them shows nothing.** The 24 strongest readings carry
+  .71 [.66, .76], their effects correlate by .09 between questions, the top part is the same in .16 [.05, .37].
+  Readings turned at random have .68, .10 and .08. The latents have .73, .46 and .45; the pack's meta-latents carry
+  .17.
+- **Readings name the fact asked for, often wrongly.** The top part is of the question asked in .57 [.42, .71]; turned
+  at random .30 [.16, .46], latents .41 [.26, .58], chance .25. By question: continent 1.00, currency .64, language
+  .34, capital .31. Named right for two questions by two parts under one and the same top latent: .17 [.03, .41]. A
+  first run (16 pairs, 150 readings) had .74; this one does not bear it out.
+- **Whole pools exchange one fact where latents do not, in a minority of cases.** With a question's pool of readings
+  exchanged, the answer follows in .29 [.14, .44] and the others stay in .98 [.95, 1.00]. Latents .05, meta-latents,
+  matching pursuit and nearest rows .00, as many random axes .06. By question: continent .58, currency .36 (11 pairs),
+  capital .17, language .05. The strongest part alone: .03. Turned readings share every question alike, so that their
+  pools are almost empty at 1.2 times the fair share; at 1.0 times .36 follow, but others stay in .66 only, where
+  readings have .34 and .98.
+- **Removal**: without its pool of readings the answer is lost in .29 [.22, .36] and others are kept in .91 [.88,
+  .95]; random axes .17 and .87; all latents removed, .70.
+- **Most swaps fail, and training on the answers does no better.** Subspaces trained on the answers of the development
+  countries: .20 [.09, .35], others stay in .95 (.31 and .93 with the dictionary's error); contrasts of gradients,
+  without answers: .33 [.20, .49] and .95. On pairs of the countries they were trained on, trained subspaces reached
+  .99 and .81 (below). Either facts at this token do not lie in linear subspaces of their own, or tens of countries
+  are too few to find them: these figures cannot tell.
+- **Other words**: the top reading stays the same in .42 to .79 of pairs, the top latent in .50 to .88. Parts are not
+  steadier than latents, and under the fact-first wording exchanges follow in .08 to .54.
+
+Not measured: RAVEL's laureates; countries of several tokens, of which there are two. One seed, one model.
 
 {sections}
 
@@ -83,8 +110,10 @@ not generalise (first-order, block 16: follows .17, stay .96).
 """
 SITE = """## {topic}, {site}
 
-Of the total effect, the entity's last token carries {whole}. Of that, latents carry {latents}; the rest is the
-dictionary's error. Held-out entities ({held_out}) whose answer the model knows: {known}; pairs asked: {pairs}.
+Of the total effect, the entity's last token carries {whole}.
+Of that, latents carry {latents};
+the rest is the dictionary's error. Held-out entities ({held_out}) whose answer the model knows: {known};
+pairs asked: {pairs}.
 
 {parts}
 
