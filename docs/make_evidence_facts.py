@@ -19,10 +19,11 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "evidence" / "facts.json"
-COMMAND = "mediation bench facts --model smollm2 --saes SAES --meta METAS --data DATA --entities '{}' --json"
+COMMAND = """mediation bench facts --model smollm2 --saes SAES --meta METAS --data DATA --entities '{topic}' \\
+  --pairs {pairs} {ways} --json > RESULT.json"""
 TEXT = """# Real facts: which part of a country's latents answers which question?
 
-{model} is asked about a country or a city with the entity first
+{model} is asked about an entity that the prompt names first
 ("In {{}}, the capital city is"), so that the residual at the entity's last token, and every latent there, is the same
 for all questions. A latent-level graph cannot tell which fact was used; parts of the latents might. Everything that
 is learned or named comes from development entities and
@@ -32,7 +33,7 @@ entity's last token. Dictionaries: the pack's (8,192 latents). `mediation/realfa
 entities. Made by
 
 ```bash
-{commands} > RESULT.json
+{commands}
 python docs/make_evidence_facts.py RESULT.json ...
 ```
 
@@ -68,7 +69,8 @@ Countries at block 16 (48 pairs, 130 questions asked of them):
 - **Other words**: the top reading stays the same in .42 to .79 of pairs, the top latent in .50 to .88. Parts are not
   steadier than latents, and under the fact-first wording exchanges follow in .08 to .54.
 
-Not measured: RAVEL's laureates; countries of several tokens, of which there are two. One seed, one model.
+Not measured: cities, of one or two tokens (`--entities` has them; no run was made), RAVEL's laureates, countries of
+several tokens (there are two), other blocks on held-out countries. One seed, one model.
 
 {sections}
 
@@ -323,10 +325,13 @@ def main() -> None:
             sections.append(section(run, site, DOCS / f"evidence-facts-{slug}.svg"))
             cells = ", ".join(f"{couple}: {number(cosine)}" for couple, cosine in site["gradient_cosine"].items())
             cosines.append([run["topic"], site["site"], cells])
-    known = list(dict.fromkeys(run["topic"] for run in runs))
+    commands = []
+    for run in runs:
+        ways = " ".join(f"--way '{way}'" for way in run["settings"]["only"] or ())
+        commands.append(COMMAND.format(topic=run["topic"], pairs=run["settings"]["pairs"], ways=ways))
     text = TEXT.format(
         model=runs[0]["model"],
-        commands="\n".join(COMMAND.format(topic) for topic in known),
+        commands="\n".join(commands),
         runs="\n".join(
             f"- {run['topic']}: {run['entities']['development']} development and {run['entities']['held_out']} "
             f"held-out entities, {', '.join(site['site'] for site in run['sites'])}, seed {run['settings']['seed']}, "

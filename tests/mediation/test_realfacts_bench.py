@@ -93,8 +93,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(taught: Path) -> dict[str, Any]:
     model = SubjectModel.load(taught, device="cpu")
-    only = ("readings", "rotated readings", "coordinates", "means")
-    settings = FactsSettings(pairs=16, width=40, space=40, rank=8, steps=40, only=only)
+    only = ("readings", "rotated readings", "coordinates")
+    settings = FactsSettings(pairs=16, width=40, space=40, rank=8, steps=4, only=only)
     return run_facts(model, [(Coordinates(SITE, WIDTH), None)], settings=settings)
 
 
