@@ -302,20 +302,22 @@ def bench_facts(
         list[Path] | None, typer.Option(help="Meta-SAE folder, or folder of them; without one it is trained.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(envvar="MEDIATION_DATA", help="Folder with pararel/, for more wordings.")
+        Path | None, typer.Option(envvar="MEDIATION_DATA", help="Folder with ravel/ (cities) and pararel/ (wordings).")
     ] = None,
-    pairs: Annotated[int, typer.Option(min=4, help="Pairs of held-out countries.")] = 48,
-    width: Annotated[int, typer.Option(min=2, help="Meta-latents of the readings.")] = 150,
+    entities: Annotated[str, typer.Option(help="countries, cities, or cities of two tokens.")] = "countries",
+    quick: Annotated[bool, typer.Option("--quick", help="Few pairs and ways, under 3 minutes.")] = False,
+    pairs: Annotated[int | None, typer.Option(min=4, help="Pairs of held-out entities; default: 48.")] = None,
+    width: Annotated[int | None, typer.Option(min=2, help="Meta-latents of the readings; default: 100.")] = None,
     way: Annotated[list[str] | None, typer.Option(help="Only these ways to take latents apart; repeat.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Which part of a country's latents answers which question about it? On held-out countries, by intervention."""
+    """Which part of an entity's latents answers which question about it? On held-out entities, by intervention."""
     commands = _commands()
 
-    source = commands.Source(model, tuple(saes), "countries")
+    source = commands.Source(model, tuple(saes), entities)
     chosen = {"pairs": pairs, "width": width, "only": tuple(way) if way else None, "seed": seed}
-    _finish(commands.bench_facts_command(source, meta or [], data, chosen, quiet=as_json), as_json)
+    _finish(commands.bench_facts_command(source, meta or [], data, chosen, quick=quick, quiet=as_json), as_json)
 
 
 @train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")

@@ -621,11 +621,18 @@ def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
 
 
 def bench_facts_command(
-    source: Source, metas: list[Path], data: Path | None, chosen: dict[str, Any], *, quiet: bool
+    source: Source, metas: list[Path], data: Path | None, chosen: dict[str, Any], *, quick: bool, quiet: bool
 ) -> dict[str, Any]:
-    """`mediation bench facts`: real facts, at the site of every dictionary; see mediation.realfacts.bench."""
-    from mediation.realfacts.bench import FactsSettings, run_facts
+    """`mediation bench facts`: real facts of `source.prompts`, at the site of every dictionary; see
+    mediation.realfacts.bench. What is None in `chosen` is left at its default.
+    """
+    from mediation.realfacts.bench import QUICK, FactsSettings, run_facts
+    from mediation.realfacts.questions import topics
 
+    topic = topics().get(source.prompts)
+    if topic is None:
+        raise MediationError(f"--entities is {source.prompts!r}; give one of {', '.join(topics())}.")
+    given = {name: value for name, value in chosen.items() if value is not None}
     model = SubjectModel.load(source.model, device=source.device)
     dictionaries = load_dictionaries(source, str(model.device), model)
     for dictionary in dictionaries:
@@ -641,8 +648,9 @@ def bench_facts_command(
         result = run_facts(
             model,
             [(dictionary, by_site.get(dictionary.name)) for dictionary in dictionaries],
+            topic=topic,
             data=data,
-            settings=FactsSettings(**chosen),
+            settings=replace(QUICK if quick else FactsSettings(), **given),
             progress=show,
         )
     if not quiet:

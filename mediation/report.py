@@ -617,32 +617,20 @@ def probability(value: float | None) -> str:
 
 
 def facts_bench(result: dict[str, Any]) -> None:
-    """Real facts: one table a site, one line for each way to take the latents apart."""
+    """Real facts: a line for each way to take the latents apart, and for each kind of subspace."""
     for site in result["sites"]:
-        columns = (
-            "#carry",
-            "#correlation",
-            "#same top",
-            "#top named",
-            "#pool named",
-            "#answer follows",
-            "#others stay",
-        )
-        table = _table(f"Which part answers which question? {site['site']}", "parts", *columns)
+        columns = ("#carry", "#correlation", "#same top", "#top named", "#answer follows", "#others stay", "#both")
+        table = _table(f"Which part answers which question? {result['topic']}, {site['site']}", "parts", *columns)
         for name, way in site["ways"].items():
-            figures = (
-                way["carry"]["strongest"],
-                way["correlation"],
-                way["same_top"],
-                way["named"]["use"]["top_1"],
-                way["pools"]["top_1"],
-                way["swap"]["follows"],
-                way["swap"]["others_stay"],
-            )
-            table.add_row(name, *(_number(figure["value"]) for figure in figures))
+            figures = (way["carry"]["strongest"], way["correlation"], way["same_top"], way["named"]["use"]["top_1"])
+            exchanged = (way["swap"]["follows"], way["swap"]["others_stay"], way["swap"]["both"])
+            table.add_row(name, *(_number(figure["value"]) for figure in (*figures, *exchanged)))
+        for name, subspace in site["subspaces"].items():
+            exchanged = (subspace["swap"]["follows"], subspace["swap"]["others_stay"], subspace["swap"]["both"])
+            table.add_row(f"subspaces: {name}", "", "", "", "", *(_number(figure["value"]) for figure in exchanged))
         console.print(table)
     console.print(
-        f"held-out pairs {result['sites'][0]['pairs']}; named by chance {1 / len(result['questions']):.2f}; "
+        f"held-out pairs {result['sites'][0]['pairs']}; named by chance {1 / len(result['questions']):.2f}, both .50; "
         f"{result['seconds']:.0f} s. Intervals and the rest are in --json."
     )
 

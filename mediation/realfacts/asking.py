@@ -1,7 +1,7 @@
 """A question asked of many entities, with the entity's token open to surgery.
 
 1. Run the wording for every entity; they must be of one token length. The entity's position is the last token at
-   which the prompts differ. Keep the whole residual at the site, x at the entity's position among it.
+   which the prompts differ: the last of its name. Keep the whole residual at the site, with x at that position.
 2. To measure a change of x, the model goes on from the site (the blocks before it are passed over) with the changed
    vector at the entity's position and all else as it was. Behaviour: logit of the right answer's first token less that
    of the other entity's.
@@ -55,32 +55,37 @@ class Asked:
         with torch.no_grad():
             return torch.cat([self._run(r, v)[0] for r, v in _chunks(rows, x)])
 
+    def answer(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The same logits in one forward, with the graph that leads back to `x`."""
+        return self._run(rows, x, graph=True)[0]
+
     def margin(self, rows: Tensor, x: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         """logit[right] - logit[wrong], [k]; right and wrong are tokens [k], the rest as in `logits`."""
         with torch.no_grad():
             found = [_difference(self._run(r, v)[0], a, b) for r, v, a, b in _chunks(rows, x, right, wrong)]
             return torch.cat([x.new_zeros(0), *found])
 
-    def gradient(self, rows: Tensor, x: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-        """Gradient [k, d], with respect to `x`, of the sum of logits of `tokens` [k, m] times `weights` [k, m]."""
-        found = [x.new_zeros(0, x.shape[1])]
+    def gradients(self, rows: Tensor, x: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
+        """Gradients [k, s, d], with respect to `x`, of sums of logits of `tokens` [k, m] times `weights` [k, s, m]."""
+        found = [x.new_zeros(0, weights.shape[1], x.shape[1])]
         for r, v, w, t in _chunks(rows, x, weights, tokens):
             logits, residual = self._run(r, v, grad=True)
-            (gradient,) = torch.autograd.grad((logits.gather(1, t) * w).sum(), [residual])
-            found.append(gradient[:, self.position])
+            sums = (logits.gather(1, t)[:, None] * w).sum((0, 2))
+            each = [torch.autograd.grad(one, [residual], retain_graph=True)[0][:, self.position] for one in sums]
+            found.append(torch.stack(each, dim=1))
         return torch.cat(found)
 
     def path_gradient(self, rows: Tensor, start: Tensor, end: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         """Mean gradient [k, d] of the margin on the straight path between two vectors [k, d]; midpoints of STEPS."""
-        weights = torch.tensor([1.0, -1.0], device=start.device).expand(len(rows), 2)
+        weights = torch.tensor([1.0, -1.0], device=start.device).expand(len(rows), 1, 2)
         tokens = torch.stack([right, wrong], dim=1)
         total = torch.zeros_like(start)
         for step in range(STEPS):
             x = start + (step + 0.5) / STEPS * (end - start)
-            total += self.gradient(rows, x, weights, tokens) / STEPS
+            total += self.gradients(rows, x, weights, tokens)[:, 0] / STEPS
         return total
 
-    def _run(self, rows: Tensor, x: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
+    def _run(self, rows: Tensor, x: Tensor, *, grad: bool = False, graph: bool = False) -> tuple[Tensor, Tensor]:
         residual = self.residual[rows].clone()
         residual[:, self.position] = x
         forward = self.model.forward(
@@ -89,7 +94,7 @@ class Asked:
             start=self.site,
             read=[self.site] if grad else [],
             positions=torch.tensor([self.last]),
-            grad=grad,
+            grad=grad or graph,
         )
         assert forward.logits is not None
         return forward.logits[:, 0], forward.sites[self.site] if grad else residual
@@ -190,9 +195,12 @@ class Asking:
     gradients: dict[str, Tensor]
     totals: dict[str, Tensor]
 
-    def x(self, question: str) -> Tensor:
-        """Residuals of all entities at their token, [entities, d]; the same for all questions with the entity first."""
-        return self.by_question[question].x
+    @property
+    def x(self) -> Tensor:
+        """Residuals of all entities at their last token, [entities, d]: as the first question finds them, and with the
+        entity first so do all.
+        """
+        return next(iter(self.by_question.values())).x
 
 
 def ask(
@@ -205,8 +213,8 @@ def ask(
     return _asking(by_question, answers, knows, draw_pairs(answers, knows, n_pairs, seed))
 
 
-def reask(asking: Asking, question: str, wording: str, entities: Entities) -> Asking:
-    """One question about the same pairs in other words, as far as the model knows the answers then."""
+def reask(asking: Asking, question: str, wording: str, entities: Entities, most: int) -> Asking:
+    """One question about the same pairs in other words: those whose answers the model knows then, `most` of them."""
     before = asking.by_question[question]
     asked = Asked(before.model, before.site, wording, entities.names)
     answers = torch.tensor(answer_tokens(before.model, wording, entities, question))
@@ -214,6 +222,7 @@ def reask(asking: Asking, question: str, wording: str, entities: Entities) -> As
     clean, other = asking.pairs.clean, asking.pairs.other
     right, wrong = answers[clean], answers[other]
     where = asking.pairs.asked[question] & knows[clean] & knows[other] & (right != wrong)
+    where &= where.cumsum(0) <= most
     pairs = Pairs(clean, other, {question: right}, {question: wrong}, {question: where})
     return _asking({question: asked}, {question: answers}, {question: knows}, pairs)
 

@@ -1,22 +1,27 @@
-"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries.
+"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries and cities.
 
-The questions about a pair of countries are asked with the country first, so that the same latents, with the same
+The questions about a pair of entities are asked with the entity first, so that the same latents, with the same
 values, mediate every answer: no latent-level graph can say which fact was used, and only parts can.
 
 1. Entities are split in halves. On development entities, in the development wordings: gradients of the log-probability
    of likely answers (SAMPLED of the LIKELY most probable tokens, flattened by a temperature of 2) at the entity's
    token; no right answer enters. Ways to take rows apart (`ways`) are learned there, and names of parts (`naming`).
-2. On pairs of held-out entities, in the held-out wording, at each site, by intervention at the entity's token:
+2. On pairs of held-out entities, in the held-out wording, at each site, by intervention at the entity's last token:
    a. carry: effect of the whole difference over the total effect; of latents and error over that; of a way's parts, its
       MEASURED strongest parts together, and bias with residual, over the latents';
    b. part effects: correlation over the measured parts between two questions about the same pair; share of pairs with
       the same top part for both;
    c. naming: is the top part named by the question? Top 1, top 5, mean reciprocal rank; by each kind of name. Switch:
       both questions about a pair named right, by different parts, while the top latent is the same for both;
-   d. pools: all parts shared out among the questions as their use is. Which question's pool has the largest effect?
-   e. swap: x less one question's pool of the pair's difference, which puts the other country's in its place. Does this
-      answer follow, and do the other answers stay?
-3. The same parts under other wordings: fact first, and ParaRel's.
+   d. shares: all parts shared out among the questions as their use is. Whose share has the largest effect?
+   e. swap: x less one question's pool of the pair's difference (the parts in whose use the question has more than
+      `parts.CLEAR` times its fair share), which puts the other entity's in its place. Does this answer follow, do the
+      other answers stay?
+   f. removal: x less one question's pool of the difference from the average development entity. Is this answer lost,
+      are the others kept?
+3. Swap and removal of subspaces instead of pools (`subspaces`): contrasts of gradients, random ones of as many
+   dimensions, and subspaces trained on the answers of development entities.
+4. The same parts under other wordings: fact first, and ParaRel's.
 Intervals: bootstrap over entities; a pair counts as often as both of its entities are drawn (Owen 2007).
 """
 
@@ -40,63 +45,98 @@ from mediation.errors import MediationError
 from mediation.metalatents import Decomposition, MetaDictionary
 from mediation.realfacts.asking import Asked, Asking, ask, reask
 from mediation.realfacts.naming import by_enrichment, by_lens, by_share, effect_use, use
-from mediation.realfacts.parts import PairParts, latent_parts, meta_parts
+from mediation.realfacts.parts import CLEAR, PairParts, average_parts, latent_parts, meta_parts
 from mediation.realfacts.questions import (
-    COUNTRY_QUESTIONS,
     PARAREL_RELATIONS,
     DevelopmentEntities,
     Entities,
     HeldOutEntities,
-    countries,
+    Topic,
     paraphrases,
+    topics,
 )
-from mediation.realfacts.scores import MEASURED, Measured, Scorer, carries, largest, masked, measure, score
+from mediation.realfacts.scores import (
+    MEASURED,
+    Measured,
+    Scorer,
+    carries,
+    effects_by_question,
+    largest,
+    margins,
+    masked,
+    measure,
+    pool_patches,
+    removal,
+    score,
+    swap,
+)
+from mediation.realfacts.subspaces import contrasts, patches, trained
 from mediation.realfacts.ways import Development, ways
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 
-SAMPLED, LIKELY, TEMPERATURE = 12, 64, 2.0
-REWORDED = ("latents", "meta-SAE", "readings")  # ways that are measured under other wordings too
-QUESTIONS = tuple(question.attribute for question in COUNTRY_QUESTIONS)
+SAMPLED, LIKELY, TEMPERATURE = 8, 64, 2.0
+MOST = 128  # entities of each half
+READ = 64  # development entities whose gradients are taken
+REWORDED = ("latents", "readings")  # ways that are measured under other wordings too
+REWORDED_PAIRS = 24
+PARAPHRASES = 2  # of ParaRel, for each question
+BOUNDS = (1.0, 1.6, 2.0)  # other bounds than CLEAR on a pool's parts, for these ways
+BOUNDED = ("latents", "meta-SAE", "readings", "rotated readings")
 
 
 @dataclass(frozen=True)
 class FactsSettings:
-    """pairs: held-out pairs, and as many of development; width: meta-latents of the readings; only: these ways."""
+    """pairs: held-out pairs, and as many of development; width: meta-latents of the readings; space, rank, steps:
+    dimensions of the reading space of subspaces, and of each trained subspace, and steps of training (0: none);
+    only: these ways.
+    """
 
     pairs: int = 48
-    width: int = 150
+    width: int = 100
+    space: int = 150
+    rank: int = 64
+    steps: int = 60
     seed: int = 0
     only: tuple[str, ...] | None = None
+
+
+QUICK = FactsSettings(pairs=12, width=24, space=40, rank=8, steps=6, only=("meta-SAE", "readings", "rotated readings"))
 
 
 def run_facts(
     model: SubjectModel,
     sites: Sequence[tuple[Dictionary, MetaDictionary | None]],
     *,
+    topic: Topic | None = None,
     data: Path | None = None,
     settings: FactsSettings | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> dict[str, Any]:
-    """The whole benchmark at every site; `data` holds pararel/ (None: none of its wordings)."""
-    settings = settings or FactsSettings()
+    """The whole benchmark at every site; `topic`: countries, if none is given; `data` holds ravel/ and pararel/ (None:
+    none of ParaRel's wordings).
+    """
+    settings, topic = settings or FactsSettings(), topic or topics()["countries"]
     started = time.perf_counter()
-    development, held_out = one_token(countries(), model).split(settings.seed)
+    development, held_out = of_length(topic, topic.load(data), model).split(settings.seed)
+    development, held_out = development.some(MOST, settings.seed), held_out.some(MOST, settings.seed)
     found = []
     for number, (dictionary, meta) in enumerate(sites):
 
         def show(stage: str, number: int = number, name: str = dictionary.site.name) -> None:
             progress(f"{name}: {stage}", number, len(sites))
 
-        found.append(run_site(model, dictionary, meta, development, held_out, data, settings, show))
+        found.append(run_site(model, dictionary, meta, topic, development, held_out, data, settings, show))
     return _plain(
         {
             "model": model.name,
+            "topic": topic.name,
             "entities": {"development": len(development), "held_out": len(held_out)},
-            "questions": list(QUESTIONS),
+            "questions": list(topic.attributes),
             "sites": found,
             "settings": vars(settings),
             "measured": MEASURED,
+            "clear": CLEAR,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started,
@@ -104,12 +144,15 @@ def run_facts(
     )
 
 
-def one_token(entities: Entities, model: SubjectModel) -> Entities:
-    """Those whose name is one token in the middle of a sentence; MediationError when they are fewer than ten."""
-    before = len(model.encode("In"))
-    rows = [row for row, name in enumerate(entities.names) if len(model.encode(f"In {name}")) == before + 1]
+def of_length(topic: Topic, entities: Entities, model: SubjectModel) -> Entities:
+    """Those whose name has the topic's number of tokens where it is asked about; at least ten, or MediationError."""
+    before = len(model.encode(topic.before))
+    length = [len(model.encode(f"{topic.before} {name}")) - before for name in entities.names]
+    rows = [row for row, tokens in enumerate(length) if tokens == topic.tokens]
     if len(rows) < 10:
-        raise MediationError(f"{model.name} writes {len(rows)} of the countries as one token; ten are needed.")
+        raise MediationError(
+            f"{model.name} writes {len(rows)} of the {topic.name} with {topic.tokens} token(s); ten are needed."
+        )
     return entities.only(rows)
 
 
@@ -117,6 +160,7 @@ def run_site(
     model: SubjectModel,
     dictionary: Dictionary,
     meta: MetaDictionary | None,
+    topic: Topic,
     development: DevelopmentEntities,
     held_out: HeldOutEntities,
     data: Path | None,
@@ -124,21 +168,23 @@ def run_site(
     show: Callable[[str], None],
 ) -> dict[str, Any]:
     """All figures of one site."""
-    site, seed = dictionary.site, settings.seed
+    site, seed, questions = dictionary.site, settings.seed, topic.attributes
     show("development entities")
-    wordings = {question.attribute: question.other_wordings for question in COUNTRY_QUESTIONS}
-    gradients = reading_gradients(model, site, wordings, development, seed)
+    wordings = {question.attribute: question.other_wordings for question in topic.questions}
+    gradients = reading_gradients(model, site, wordings, development.some(READ, seed), seed)
     practice = ask(model, site, {q: w[0] for q, w in wordings.items()}, development, n_pairs=settings.pairs, seed=seed)
     show("held-out entities")
-    entity_first = {question.attribute: question.asked for question in COUNTRY_QUESTIONS}
+    entity_first = {question.attribute: question.asked for question in topic.questions}
     trial = ask(model, site, entity_first, held_out, n_pairs=settings.pairs, seed=seed)
-    learn = Development(dictionary, development, practice.x(QUESTIONS[0]), gradients)
+    learn = Development(dictionary, development, practice.x, gradients)
     taken = ways(learn, meta, settings.width, seed, settings.only, lambda name: show(f"learning {name}"))
 
     scorer = Scorer(trial, seed)
     figures: dict[str, Any] = {}
     carry: dict[str, Any] = {}
     top_latent: dict[str, Tensor] = {}
+    average = average_parts(dictionary, trial.x, learn.x)
+    latents = _split(dictionary, trial, None)
     for name, decomposition in taken.items():
         show(f"measuring {name}")
         split = _split(dictionary, trial, decomposition)
@@ -146,27 +192,71 @@ def run_site(
         measured = measure(trial, split, shares)
         if decomposition is None:
             carry = carries(scorer, measured)
-            top_latent = {q: measured.top(q) for q in QUESTIONS}
+            top_latent = {q: measured.top(q) for q in questions}
         names = {
             "use": by_share(shares),
             "effect": by_share(effect_use(practice, _split(dictionary, practice, decomposition))),
-            "enrichment": by_enrichment(_amounts(dictionary, learn.x, decomposition), development, QUESTIONS),
+            "enrichment": by_enrichment(_amounts(dictionary, learn.x, decomposition), development, questions),
             "lens": by_lens(model, split.directions, practice, seed),
         }
         figures[name] = score(scorer, measured, names, top_latent)
+        away = average if decomposition is None else meta_parts(average, decomposition)
+        figures[name]["removal"] = removal(trial, pool_patches(away, shares), seed)
+        if name in BOUNDED:
+            figures[name]["swap_by_bound"] = {
+                str(bound): swap(
+                    scorer, effects_by_question(trial, pool_patches(split, shares, bound)), measured.margin
+                )
+                for bound in BOUNDS
+            }
         if name in REWORDED:
             figures[name]["other_words"] = [
                 _in_other_words(dictionary, decomposition, trial, held_out, question, wording, measured, shares, seed)
-                for question, wording in other_wordings(data)
+                for question, wording in other_wordings(topic, data)
             ]
+
+    subspaces: dict[str, Any] = {}
+    margin = margins(trial)
+    for name, operators in _operators(practice, gradients, settings, show).items():
+        show(f"measuring {name}")
+        subspaces[name] = {
+            "swap": swap(scorer, effects_by_question(trial, patches(operators, latents.latents, questions)), margin),
+            "swap_of_whole": swap(
+                scorer, effects_by_question(trial, patches(operators, latents.whole, questions)), margin
+            ),
+            "removal": removal(trial, patches(operators, average.latents, questions), seed),
+        }
     return {
         "site": site.name,
-        "known": {q: int(trial.knows[q].sum()) for q in QUESTIONS},
-        "pairs": {q: int(trial.pairs.asked[q].sum()) for q in QUESTIONS},
+        "known": {q: int(trial.knows[q].sum()) for q in questions},
+        "pairs": {q: int(trial.pairs.asked[q].sum()) for q in questions},
         "carry": carry,
         "gradient_cosine": gradient_cosines(trial),
         "ways": figures,
+        "subspaces": subspaces,
     }
+
+
+def _operators(
+    practice: Asking, gradients: Mapping[str, Tensor], settings: FactsSettings, show: Callable[[str], None]
+) -> dict[str, dict[str, Tensor]]:
+    """Step 3, by name."""
+    found = {
+        "everything": {q: torch.eye(each.shape[1]) for q, each in gradients.items()},
+        "contrasts": contrasts(gradients, width=settings.space),
+        "random": contrasts(gradients, width=settings.space, turned=settings.seed),
+    }
+    if settings.steps:
+        found["trained"] = trained(
+            practice,
+            gradients,
+            width=settings.space,
+            rank=settings.rank,
+            steps=settings.steps,
+            seed=settings.seed,
+            progress=lambda question: show(f"training a subspace, {question}"),
+        )
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -178,11 +268,13 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def other_wordings(data: Path | None) -> list[tuple[str, str]]:
-    """Step 3: (question, wording); the fact first, and ParaRel's where there is a folder with them."""
-    found = {(question.attribute, question.fact_first): None for question in COUNTRY_QUESTIONS}
+def other_wordings(topic: Topic, data: Path | None) -> list[tuple[str, str]]:
+    """Step 4: (question, wording); the fact first, and ParaRel's where there is a folder with them."""
+    found = {(question.attribute, question.fact_first): None for question in topic.questions}
     if data is not None:
-        found |= {(q, wording): None for q in PARAREL_RELATIONS for wording in paraphrases(data, q)}
+        for q in topic.attributes:
+            if q in PARAREL_RELATIONS:
+                found |= {(q, wording): None for wording in paraphrases(data, q)[:PARAPHRASES]}
     return list(found)
 
 
@@ -206,11 +298,9 @@ def reading_gradients(
             every = torch.arange(len(entities))
             top = asked.logits(every, asked.x).topk(min(LIKELY, model.vocab_size), dim=1)
             p = (top.values / TEMPERATURE).softmax(1)
-            count = min(SAMPLED, p.shape[1])
-            sampled = torch.multinomial(p.cpu(), count, generator=generator).to(p.device)
-            rows = every.repeat_interleave(count)
-            weights = one_hot(sampled.flatten(), p.shape[1]) - p[rows]
-            parts.append(asked.gradient(rows, asked.x[rows], weights, top.indices[rows]))
+            sampled = torch.multinomial(p.cpu(), min(SAMPLED, p.shape[1]), generator=generator).to(p.device)
+            weights = one_hot(sampled, p.shape[1]) - p[:, None]
+            parts.append(asked.gradients(every, asked.x, weights, top.indices).flatten(0, 1))
         found[q] = torch.cat(parts)
     return found
 
@@ -227,9 +317,8 @@ def gradient_cosines(asking: Asking) -> dict[str, float]:
 
 
 def _split(dictionary: Dictionary, asking: Asking, decomposition: Decomposition | None) -> PairParts:
-    """The pairs' differences, at the residual that the first question finds: entity first, so do all."""
-    x = asking.x(next(iter(asking.by_question)))
-    latents = latent_parts(dictionary, x[asking.pairs.clean], x[asking.pairs.other])
+    """The pairs' differences taken apart."""
+    latents = latent_parts(dictionary, asking.x[asking.pairs.clean], asking.x[asking.pairs.other])
     return latents if decomposition is None else meta_parts(latents, decomposition)
 
 
@@ -253,19 +342,19 @@ def _in_other_words(
     shares: Tensor,
     seed: int,
 ) -> dict[str, Any]:
-    """Step 3 for one wording: the figures of the same pairs."""
-    asking = reask(trial, question, wording, held_out)
+    """Step 4 for one wording: the figures of the same pairs."""
+    asking = reask(trial, question, wording, held_out, REWORDED_PAIRS)
     asked = asking.pairs.asked[question]
     figures: dict[str, Any] = {"question": question, "wording": wording, "pairs": int(asked.sum())}
     if not asked.any():
         return figures
     again = measure(asking, _split(dictionary, asking, decomposition), shares)
     scorer = Scorer(asking, seed)
-    number = QUESTIONS.index(question)
+    number = list(trial.by_question).index(question)
     top = again.top(question)
     return figures | {
         "same_part": scorer.mean({question: masked(top == measured.top(question), asked)}),
         "named": scorer.mean({question: masked(by_share(shares)[top] == number, asked)}),
-        "pool": scorer.mean({question: masked(largest(again.pools[question]) == number, asked)}),
+        "pool": scorer.mean({question: masked(largest(again.shared[question]) == number, asked)}),
         "follows": scorer.mean({question: masked(again.margin[question] < again.pools[question][:, number], asked)}),
     }

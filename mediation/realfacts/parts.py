@@ -21,6 +21,8 @@ from mediation.dictionaries import Dictionary
 from mediation.metalatents import Decomposition
 from mediation.realfacts.asking import Asked, Pairs, spread
 
+CLEAR = 1.2  # times its fair share of what is read of a part, from which a question has it in its pool
+
 
 @dataclass
 class PairParts:
@@ -49,6 +51,14 @@ def latent_parts(dictionary: Dictionary, x: Tensor, other: Tensor) -> PairParts:
     """Step 1 with every latent a part of its own; x and other [n, d]."""
     coefficient = dictionary.encode(x) - dictionary.encode(other)
     latents, whole = coefficient @ dictionary.decoder, x - other
+    nothing = torch.zeros_like(whole)
+    return PairParts(whole, latents, whole - latents, coefficient, dictionary.decoder, nothing, nothing)
+
+
+def average_parts(dictionary: Dictionary, x: Tensor, reference: Tensor) -> PairParts:
+    """The same against the average of entities `reference` [m, d]: mean residual, mean values of latents."""
+    coefficient = dictionary.encode(x) - dictionary.encode(reference).mean(0)
+    latents, whole = coefficient @ dictionary.decoder, x - reference.mean(0)
     nothing = torch.zeros_like(whole)
     return PairParts(whole, latents, whole - latents, coefficient, dictionary.decoder, nothing, nothing)
 

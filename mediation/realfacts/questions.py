@@ -1,6 +1,7 @@
 """Entities with known facts, and questions about them.
 
-1. Facts of countries are in `countries.tsv`; those of cities come from RAVEL, other wordings from ParaRel.
+1. Facts of countries are in `countries.tsv`; those of cities come from RAVEL (Huang et al. 2024), other wordings from
+   ParaRel (Elazar et al. 2021).
 2. A question is asked with the entity first ("In {}, the capital city is": what the model has computed at the entity
    cannot depend on the question, which comes later) or with the fact first ("The capital of {} is the city of").
 3. Entities are split once into development and held-out ones, of different types: directions, labels and thresholds
@@ -12,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -63,6 +64,47 @@ COUNTRY_QUESTIONS = (
     ),
 )
 
+CITY_QUESTIONS = (
+    Question(
+        "Country",
+        "The city of {} lies in the country of",
+        ("The city of {} belongs to the country of", "The city of {} is on the map of the country of"),
+        "The country around the city of {} is",
+    ),
+    Question(
+        "Language",
+        "The city of {} is a place where people speak",
+        ("The city of {} is home to people whose language is", "The city of {} has schools where children write in"),
+        "The language that people speak in the city of {} is",
+    ),
+    Question(
+        "Continent",
+        "The city of {} lies on the continent of",
+        ("The city of {} is part of the continent of", "The city of {} is on the map of the continent of"),
+        "The continent around the city of {} is",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Entities whose names have `tokens` tokens, and what is asked about them; `load` takes the folder of data."""
+
+    name: str
+    questions: tuple[Question, ...]
+    load: Callable[[Path | None], Entities]
+    tokens: int = 1
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The questions' attributes, in order."""
+        return tuple(question.attribute for question in self.questions)
+
+    @property
+    def before(self) -> str:
+        """What stands before the entity, where the entity comes first."""
+        return self.questions[0].asked.partition(" {}")[0]
+
 
 @dataclass(frozen=True)
 class Entities:
@@ -82,6 +124,11 @@ class Entities:
     def only(self, rows: Sequence[int]) -> Self:
         """These entities, of the same type."""
         return type(self)(*self._pick(rows))
+
+    def some(self, most: int, seed: int) -> Self:
+        """At most so many of them, drawn at random."""
+        rows = random.Random(seed).sample(range(len(self)), min(most, len(self)))
+        return self.only(sorted(rows))
 
     def tags(self) -> list[dict[str, str]]:
         """Each entity's known facts, as `mediation.labels.enrichment` takes them."""
@@ -126,6 +173,33 @@ def countries() -> Entities:
         tuple(row["country"] for row in rows),
         {attribute: tuple(row[attribute] or None for row in rows) for attribute in attributes},
     )
+
+
+def cities(data: Path | None) -> Entities:
+    """RAVEL's cities with country, language and continent; of several languages none is the answer."""
+    if data is None:
+        raise MediationError("Cities are RAVEL's; give the folder that holds ravel/ with --data.")
+    file = data / "ravel" / "data" / "ravel_city_entity_attributes.json"
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MediationError(
+            f"RAVEL's cities cannot be read from {file}: {error.strerror}; give the folder that holds ravel/."
+        ) from error
+    names = tuple(sorted(table))
+    values = {q.attribute: tuple(table[name][q.attribute] or None for name in names) for q in CITY_QUESTIONS}
+    values["Language"] = tuple(None if value is None or "," in value else value for value in values["Language"])
+    return Entities(names, values)
+
+
+def topics() -> dict[str, Topic]:
+    """What can be asked about, by name."""
+    every = (
+        Topic("countries", COUNTRY_QUESTIONS, lambda _: countries()),
+        Topic("cities", CITY_QUESTIONS, cities),
+        Topic("cities of two tokens", CITY_QUESTIONS, cities, tokens=2),
+    )
+    return {topic.name: topic for topic in every}
 
 
 def paraphrases(data: Path, attribute: str) -> list[str]:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mediation.realfacts.asking import Asking
-from mediation.realfacts.parts import PairParts, effects, screen, strongest
+from mediation.realfacts.asking import Asking, spread
+from mediation.realfacts.parts import CLEAR, PairParts, effects, screen, strongest
 from mediation.statistics import pair_interval
 
-MEASURED = 16  # parts of each pair measured one by one
+MEASURED = 24  # parts of each pair measured one by one
 FIRST = 5  # ranks of the "top 5"
+RESAMPLES = 2000
 FEW = 5  # pairs below which two questions are not compared
 
 Figure = dict[str, float]
@@ -26,8 +29,9 @@ class Measured:
     """Effects on n pairs, by question, all NaN where it is not asked.
 
     chosen [n, k]: the parts measured one by one, `single` [n, k] their effects; `together` [n]: all of them at once;
-    `parts`, `rest` (bias and residual), `latents`, `error`, `whole` [n]; `pools` [n, n_questions]: each question's
-    pool; `margin` [n] of the clean entity.
+    `parts`, `rest` (bias and residual), `latents`, `error`, `whole` [n]; `shared` [n, n_questions]: all parts shared
+    out among the questions, `pools` [n, n_questions]: the parts that are clearly one's; `margin` [n] of the clean
+    entity.
     """
 
     chosen: Tensor
@@ -38,6 +42,7 @@ class Measured:
     latents: dict[str, Tensor]
     error: dict[str, Tensor]
     whole: dict[str, Tensor]
+    shared: dict[str, Tensor]
     pools: dict[str, Tensor]
     margin: dict[str, Tensor]
 
@@ -47,25 +52,43 @@ class Measured:
 
 
 def measure(asking: Asking, split: PairParts, use: Tensor) -> Measured:
-    """Measure a split of the pairs; use [m, n_questions] shares parts out among pools."""
+    """Measure a split of the pairs; use [m, n_questions]: each question's share in a part."""
     screens = {q: screen(split, gradient) for q, gradient in asking.gradients.items()}
     chosen = strongest(screens, asking.totals, MEASURED)
     single = split.parts(chosen)
-    pools = torch.stack([split.only(share) for share in use.T], dim=1)
-    everything = torch.ones(len(use), device=use.device)
-    sums = [single.sum(1), split.only(everything), split.bias + split.residual, split.latents, split.error, split.whole]
-    patches = torch.cat([single, torch.stack(sums, dim=1), pools], dim=1)
+    every = torch.ones(len(use), device=use.device)
+    sums = [single.sum(1), split.only(every), split.bias + split.residual, split.latents, split.error, split.whole]
+    shared = torch.stack([split.only(share) for share in use.T], dim=1)
+    patches = torch.cat([single, torch.stack(sums, dim=1), shared, pool_patches(split, use)], dim=1)
     k, names = single.shape[1], ("together", "parts", "rest", "latents", "error", "whole")
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in ("single", *names, "pools", "margin")}
-    for q, asked in asking.by_question.items():
-        effect = effects(asked, asking.pairs, q, patches)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in ("single", *names, "shared", "pools", "margin")}
+    for q, effect in effects_by_question(asking, patches).items():
         found["single"][q] = effect[:, :k]
         for place, name in enumerate(names):
             found[name][q] = effect[:, k + place]
-        found["pools"][q] = effect[:, k + len(names) :]
-        clean = asking.pairs.clean
-        found["margin"][q] = asked.margin(clean, asked.x[clean], asking.pairs.right[q], asking.pairs.wrong[q])
+        found["shared"][q], found["pools"][q] = effect[:, k + len(names) :].chunk(2, dim=1)
+    found["margin"] = margins(asking)
     return Measured(chosen, **found)
+
+
+def pool_patches(split: PairParts, use: Tensor, clear: float = CLEAR) -> Tensor:
+    """Questions' pools: the parts in whose use [m, n_questions] its share is above `clear` times the fair one,
+    [n, n_questions, d].
+    """
+    return torch.stack([split.only((share > clear / use.shape[1]).float()) for share in use.T], dim=1)
+
+
+def effects_by_question(asking: Asking, patches: Tensor) -> dict[str, Tensor]:
+    """Effects [n, k] of patches [n, k, d] on every question."""
+    return {q: effects(asked, asking.pairs, q, patches) for q, asked in asking.by_question.items()}
+
+
+def margins(asking: Asking) -> dict[str, Tensor]:
+    """The clean entities' margins, [n] by question."""
+    clean, found = asking.pairs.clean, {}
+    for q, asked in asking.by_question.items():
+        found[q] = asked.margin(clean, asked.x[clean], asking.pairs.right[q], asking.pairs.wrong[q])
+    return found
 
 
 class Scorer:
@@ -75,9 +98,14 @@ class Scorer:
         self.asking, self.seed = asking, seed
         self.questions = list(asking.by_question)
 
-    def mean(self, values: Mapping[Any, Tensor], over: Mapping[Any, Tensor] | None = None) -> Figure:
-        """Mean of `values` by group (a question, or two), [n] each with NaN left out, groups alike; with `over` the
-        ratio of sums in each group.
+    def mean(
+        self,
+        values: Mapping[Any, Tensor],
+        over: Mapping[Any, Tensor] | None = None,
+        weights: Mapping[Any, float] | None = None,
+    ) -> Figure:
+        """Mean of `values` by group (a question, or two), [n] each with NaN left out, groups alike or by `weights`;
+        with `over` the ratio of sums in each group.
         """
         top, bottom, clean, other = [], [], [], []
         for group, value in values.items():
@@ -85,7 +113,7 @@ class Scorer:
             kept = ~(value.isnan() | base.isnan())
             if not kept.any():
                 continue
-            size = base[kept].sum().double()
+            size = base[kept].sum().double() / (1.0 if weights is None else weights[group])
             top.append(value[kept].double() / size)
             bottom.append(base[kept].double() / size)
             clean.append(self.asking.pairs.clean[kept])
@@ -139,7 +167,10 @@ def score(
         "switch": scorer.mean(switch),
         "named": {kind: named(scorer, measured, each) for kind, each in names.items()},
         "pools": pools(scorer, measured),
-        "swap": swap(scorer, measured),
+        "swap": swap(scorer, measured.pools, measured.margin),
+        "swap_of_one_part": scorer.mean(
+            {q: masked(measured.single[q].max(1).values > measured.margin[q], asked[q]) for q in scorer.questions}
+        ),
     }
 
 
@@ -164,38 +195,83 @@ def named(scorer: Scorer, measured: Measured, names: Tensor) -> dict[str, Any]:
 
 
 def pools(scorer: Scorer, measured: Measured) -> dict[str, Any]:
-    """Which question's pool has the largest effect, and every pool's share of the latents' effect."""
+    """With all parts shared out: which question's share has the largest effect, and its part of the latents' effect."""
     asked = scorer.asking.pairs.asked
-    right = {q: masked(largest(measured.pools[q]) == number, asked[q]) for number, q in enumerate(scorer.questions)}
+    right = {q: masked(largest(measured.shared[q]) == number, asked[q]) for number, q in enumerate(scorer.questions)}
     shares = {
         q: {
-            pool: scorer.mean({q: measured.pools[q][:, number]}, {q: measured.latents[q]})["value"]
+            pool: scorer.mean({q: measured.shared[q][:, number]}, {q: measured.latents[q]})["value"]
             for number, pool in enumerate(scorer.questions)
         }
         for q in scorer.questions
     }
-    return {
-        "top_1": scorer.mean(right),
-        "by_question": means(right),
-        "shares": shares,
-    }
+    return {"top_1": scorer.mean(right), "by_question": means(right), "shares": shares}
 
 
-def swap(scorer: Scorer, measured: Measured) -> dict[str, Any]:
-    """After one question's pool of the pair's difference is taken out: its answer follows, the others stay."""
-    asked = scorer.asking.pairs.asked
-    follows, stays = {}, {}
+def swap(scorer: Scorer, effects: Mapping[str, Tensor], margin: Mapping[str, Tensor]) -> dict[str, Any]:
+    """After one question's part of the pair's difference is exchanged: does its answer follow, do the others stay?
+
+    effects [n, n_questions]: of every question's exchange on the question; margin [n]: before. `both` is the mean of
+    the two, .5 for exchanging all or nothing; `own` and `others` are the effects as shares of the total effect.
+    """
+    asked, totals = scorer.asking.pairs.asked, scorer.asking.totals
+    follows, stays, own, others, total = {}, {}, {}, {}, {}
     for number, q in enumerate(scorer.questions):
-        follows[q] = masked(measured.margin[q] < measured.pools[q][:, number], asked[q])
+        follows[q] = masked(margin[q] < effects[q][:, number], asked[q])
+        own[q] = effects[q][:, number]
         for r in scorer.questions:
             if r != q:
-                kept = measured.margin[r] > measured.pools[r][:, number]
-                stays[q, r] = masked(kept, asked[q] & asked[r])
+                where = asked[q] & asked[r]
+                stays[q, r] = masked(margin[r] > effects[r][:, number], where)
+                others[q, r] = torch.where(where, effects[r][:, number], torch.nan)
+                total[q, r] = totals[r]
+    weights = dict.fromkeys(follows, 1 / len(follows)) | dict.fromkeys(stays, 1 / max(1, len(stays)))
     return {
         "follows": scorer.mean(follows),
         "others_stay": scorer.mean(stays),
+        "both": scorer.mean(follows | stays, weights=weights),
+        "own": scorer.mean(own, totals),
+        "others": scorer.mean(others, total),
         "follows_by_question": means(follows),
     }
+
+
+def removal(asking: Asking, patches: Tensor, seed: int) -> dict[str, Figure]:
+    """After one question's part of an entity is set to the average entity's: is its answer no longer the best of all
+    answers, and are the others still? patches [entities, n_questions, d]; only answers that were known count.
+    """
+    questions = list(asking.by_question)
+    gone: dict[Any, Tensor] = {}
+    kept: dict[Any, Tensor] = {}
+    for q, asked in asking.by_question.items():
+        rows, answers = asking.knows[q].nonzero()[:, 0], asking.answers[q]
+        candidates = answers[answers >= 0].unique()
+        for number, pool in enumerate(questions):
+            best = candidates[asked.logits(rows, asked.x[rows] - patches[rows, number])[:, candidates].argmax(1)]
+            lost = spread((best != answers[rows]).float(), asking.knows[q])
+            (gone if pool == q else kept)[q, pool] = lost if pool == q else 1 - lost
+    return {"forgotten": entity_mean(gone, seed), "others_kept": entity_mean(kept, seed)}
+
+
+def entity_mean(values: Mapping[Any, Tensor], seed: int) -> Figure:
+    """Mean of values [entities] by group, groups alike, NaN left out; bootstrap interval over entities."""
+    table = torch.stack(list(values.values()), dim=1).double().numpy()  # [entities, groups]
+    there = ~np.isnan(table)
+    draws = np.random.default_rng(seed).multinomial(len(table), np.full(len(table), 1 / len(table)), size=RESAMPLES)
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        means = _ratio(weights @ np.where(there, table, 0.0), weights @ there)
+        return np.nansum(means, axis=1) / np.maximum(1, (~np.isnan(means)).sum(axis=1))
+
+    if not there.any():
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
+    low, high = np.nanquantile(figure(draws.astype(float)), [0.025, 0.975])
+    value = figure(np.ones((1, len(table))))[0]
+    return {"value": float(value), "low": float(low), "high": float(high), "n": int(there.any(1).sum())}
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
 
 
 def largest(effects: Tensor) -> Tensor:

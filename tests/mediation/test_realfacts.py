@@ -10,16 +10,20 @@ import torch
 
 from mediation.errors import MediationError
 from mediation.metalatents import MatchingPursuit
-from mediation.realfacts.asking import Asked, Pairs, answer_tokens, draw_pairs, known
-from mediation.realfacts.parts import effects, latent_parts, meta_parts, screen, strongest
+from mediation.realfacts.asking import Asked, Asking, Pairs, answer_tokens, draw_pairs, known
+from mediation.realfacts.parts import average_parts, effects, latent_parts, meta_parts, screen, strongest
 from mediation.realfacts.questions import (
     COUNTRY_QUESTIONS,
     DevelopmentEntities,
     Entities,
     HeldOutEntities,
+    cities,
     countries,
     paraphrases,
+    topics,
 )
+from mediation.realfacts.scores import Scorer, entity_mean, removal, swap
+from mediation.realfacts.subspaces import contrasts, patches, trained
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from tests.setups import linear_model, random_dictionary, shared_data, tiny
@@ -237,3 +241,140 @@ def test_wordings_put_the_entity_where_they_say() -> None:
         assert all(w.startswith("In {},") for w in (question.asked, *question.other_wordings))
         assert not question.fact_first.startswith("In {}")
         assert question.asked not in question.other_wordings
+
+
+def planted(n: int = 400, d: int = 12, own: int = 3) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Gradients of three questions, each of a subspace of its own and weakly of all, in an oblique frame [d, d]."""
+    generator = torch.Generator().manual_seed(1)
+    frame = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q + 0.2 * torch.randn(d, d, generator=generator)
+    found = {}
+    for number, q in enumerate("abc"):
+        scale = torch.full((d,), 0.05)
+        scale[own * number : own * (number + 1)] = 1.0
+        found[q] = (torch.randn(n, d, generator=generator) * scale) @ frame
+    return found, frame
+
+
+def test_contrasts_find_the_planted_subspaces() -> None:
+    """What q reads of the exchange is what it reads of the whole difference; what the others read is nothing."""
+    gradients, _ = planted()
+    operators = contrasts(gradients, width=9)
+    difference = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    for q in gradients:
+        exchanged = difference @ operators[q].T
+        for r, g in gradients.items():
+            whole, part = difference @ g.T, exchanged @ g.T
+            slope = float((whole * part).sum() / whole.square().sum())
+            assert slope == pytest.approx(1.0 if q == r else 0.0, abs=0.05), (q, r)
+        torch.testing.assert_close(operators[q] @ operators[q], operators[q], atol=1e-4, rtol=1e-3)  # a projection
+    turned = contrasts(gradients, width=9, turned=0)
+    for q in gradients:
+        assert torch.linalg.matrix_rank(turned[q], rtol=1e-3) == torch.linalg.matrix_rank(operators[q], rtol=1e-3) == 3
+        assert (turned[q] - operators[q]).norm() > 0.5
+
+
+def test_training_a_subspace_lowers_its_loss(model: SubjectModel) -> None:
+    """A subspace of the whole residual can do no better than nothing or all; training it must find which is better."""
+    wordings = {"q": "w1 {} w2 w3", "r": "w1 {} w7 w8"}
+    by_question = {q: Asked(model, SITE, wording, NAMES) for q, wording in wordings.items()}
+    every = torch.arange(6)
+    answers = {q: asked.logits(every, asked.x).argmax(1) for q, asked in by_question.items()}
+    knows = {q: torch.ones(6, dtype=torch.bool) for q in wordings}
+    asking = Asking(by_question, answers, knows, pairs_of(), {}, {})
+    generator = torch.Generator().manual_seed(0)
+    gradients = {q: torch.randn(60, model.d_model, generator=generator) for q in wordings}
+    if min(len(each.unique()) for each in answers.values()) < 2:
+        answers["q"] = answers["r"] = torch.tensor([20, 21, 22, 20, 21, 22])
+    found = trained(asking, gradients, width=8, rank=3, steps=5, seed=0)
+    for operator in found.values():
+        torch.testing.assert_close(operator @ operator, operator, atol=1e-4, rtol=1e-4)
+        assert torch.linalg.matrix_rank(operator, rtol=1e-3) == 3
+    answers["q"] = torch.full((6,), 20)
+    with pytest.raises(MediationError, match="too few answers"):
+        trained(asking, gradients, width=8, rank=3, steps=5, seed=0)
+
+
+def test_a_swap_counts_what_follows_and_what_stays() -> None:
+    yes, no = [True], [False]
+    asked = {"q": torch.tensor(yes * 4), "r": torch.tensor(yes * 3 + no)}
+    tokens = {q: torch.arange(4) for q in asked}
+    pairs = Pairs(torch.arange(4), torch.arange(4) + 4, tokens, tokens, asked)
+    totals = {"q": torch.full((4,), 2.0), "r": torch.tensor([2.0, 2.0, 2.0, torch.nan])}
+    asking = Asking({"q": None, "r": None}, {}, {}, pairs, {}, totals)  # type: ignore[dict-item]
+    margin = {q: torch.ones(4) for q in asked}
+    effects_ = {
+        "q": torch.tensor([[1.5, 0.0], [1.5, 0.0], [0.5, 1.5], [1.5, 0.0]]),
+        "r": torch.tensor([[0.0, 1.5], [1.2, 0.5], [0.0, 0.5], [torch.nan, torch.nan]]),
+    }
+    found = swap(Scorer(asking, 0), effects_, margin)
+    assert found["follows"]["value"] == pytest.approx((3 / 4 + 1 / 3) / 2)
+    assert found["others_stay"]["value"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert found["both"]["value"] == pytest.approx((13 / 24 + 2 / 3) / 2)
+    assert found["own"]["value"] == pytest.approx((5 / 8 + 2.5 / 6) / 2)
+    assert found["others"]["value"] == pytest.approx((1.2 / 6 + 1.5 / 6) / 2)
+
+
+def test_removing_everything_gives_every_entity_the_same_answer(model: SubjectModel, tmp_path: Path) -> None:
+    dictionary = random_dictionary(tmp_path / "sae", SITE.name)
+    asked = Asked(model, SITE, "w1 {} w2 w3", NAMES)
+    answers = torch.tensor([20, 21, 22, 23, 24, 25])
+    knows = torch.ones(6, dtype=torch.bool)
+    asking = Asking(
+        {"q": asked, "r": asked}, {"q": answers, "r": answers}, {"q": knows, "r": knows}, pairs_of(), {}, {}
+    )
+    away = average_parts(dictionary, asked.x, asked.x)
+    torch.testing.assert_close(away.latents + away.error, asked.x - asked.x.mean(0), atol=1e-5, rtol=1e-5)
+    patch = torch.stack([away.whole, torch.zeros_like(away.whole)], dim=1)
+    logits = asked.logits(torch.arange(6), asked.x.mean(0).expand(6, -1))[:, answers]
+    # "r" takes nothing away: it "forgets" what was wrong to begin with, and so many of q's stay.
+    right = asked.logits(torch.arange(6), asked.x)[:, answers].argmax(1) == torch.arange(6)
+    found = removal(asking, patch, 0)
+    gone = float((logits.argmax(1) != torch.arange(6)).float().mean())
+    wrong = 1 - float(right.float().mean())
+    assert found["forgotten"]["value"] == pytest.approx((gone + wrong) / 2)
+    assert found["others_kept"]["value"] == pytest.approx(1 - (gone + wrong) / 2)
+
+
+def test_entities_count_in_every_group_they_are_in() -> None:
+    nan = float("nan")
+    found = entity_mean({"q": torch.tensor([1.0, 0.0, nan, 1.0]), "r": torch.tensor([nan, nan, nan, 1.0])}, 0)
+    assert found["value"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["n"] == 3
+    assert found["low"] < found["value"] < found["high"] or found["high"] == pytest.approx(1.0)
+
+
+def test_patches_are_operators_on_differences() -> None:
+    operator, difference = torch.randn(5, 5), torch.randn(3, 5)
+    found = patches({"q": operator, "r": 2 * operator}, difference, ("q", "r"))
+    torch.testing.assert_close(found[1, 0], operator @ difference[1])
+    torch.testing.assert_close(found[:, 1], 2 * found[:, 0])
+
+
+def test_cities_have_one_language_or_none() -> None:
+    found = cities(shared_data("ravel").parent)
+    row = found.names.index("Aalborg")
+    assert {q: values[row] for q, values in found.values.items()} == {
+        "Country": "Denmark", "Language": "Danish", "Continent": "Europe",
+    }  # fmt: skip
+    assert all(value is None or "," not in value for value in found.values["Language"])
+
+
+def test_topics_ask_with_the_entity_at_one_place(tmp_path: Path) -> None:
+    for topic in topics().values():
+        for question in topic.questions:
+            wordings = (question.asked, *question.other_wordings)
+            assert all(w.startswith(f"{topic.before} {{}} ") or w.startswith(f"{topic.before} {{}},") for w in wordings)
+            assert not question.fact_first.startswith(f"{topic.before} {{}}")
+    for data in (None, tmp_path):
+        with pytest.raises(MediationError, match="ravel"):
+            topics()["cities"].load(data)
+
+
+def test_some_entities_are_a_sample_of_them() -> None:
+    development, _ = countries().split(0)
+    few = development.some(10, 3)
+    assert isinstance(few, DevelopmentEntities)
+    assert len(few) == 10
+    assert set(few.names) < set(development.names)
+    assert few.names == development.some(10, 3).names != development.some(10, 4).names
+    assert len(development.some(1000, 0)) == len(development)

@@ -5,8 +5,10 @@ SmolLM2 needs a trained dictionary and minutes; `mediation bench facts` measures
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from mediation.cli import main
 from mediation.dictionaries import Coordinates
 from mediation.errors import MediationError
-from mediation.realfacts import bench
-from mediation.realfacts.bench import FactsSettings, one_token, run_facts
-from mediation.realfacts.questions import COUNTRY_QUESTIONS, Entities, countries
+from mediation.realfacts import questions
+from mediation.realfacts.asking import ask
+from mediation.realfacts.bench import QUICK, FactsSettings, of_length, run_facts
+from mediation.realfacts.questions import COUNTRY_QUESTIONS, Entities, countries, topics
+from mediation.realfacts.scores import Scorer, effects_by_question, margins, swap
+from mediation.realfacts.subspaces import patches, trained
 from mediation.realfacts.ways import LEAST_ENTITIES, mean_differences
 from mediation.sites import Site
 from mediation.subject import SubjectModel
@@ -28,12 +33,14 @@ from tests.setups import random_dictionary, tiny
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
 WIDTH, STEPS, COUNTRIES = 64, 480, 40
+ALL = countries()
+DOCS = Path(__file__).parents[2] / "docs"
 SITE = Site.parse("blocks.0.hook_resid_pre")  # where the country's token carries everything
 
 
 def few() -> Entities:
     """Countries that a small model learns in seconds."""
-    return countries().only(range(COUNTRIES))
+    return ALL.only(range(COUNTRIES))
 
 
 def wordings() -> list[tuple[str, str]]:
@@ -74,7 +81,7 @@ def teach(folder: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def few_countries() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "countries", few)
+        patch.setattr(questions, "countries", few)
         yield
 
 
@@ -86,8 +93,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(taught: Path) -> dict[str, Any]:
     model = SubjectModel.load(taught, device="cpu")
-    only = ("readings", "rotated readings", "coordinates", "means")
-    settings = FactsSettings(pairs=16, width=40, only=only)
+    only = ("readings", "rotated readings", "coordinates")
+    settings = FactsSettings(pairs=16, width=40, space=40, rank=8, steps=4, only=only)
     return run_facts(model, [(Coordinates(SITE, WIDTH), None)], settings=settings)
 
 
@@ -135,9 +142,47 @@ def test_other_wordings_are_measured_on_the_same_pairs(result: dict[str, Any]) -
 def test_the_result_is_json_and_repeats(result: dict[str, Any], taught: Path) -> None:
     json.dumps(result, allow_nan=False)
     model = SubjectModel.load(taught, device="cpu")
-    settings = FactsSettings(pairs=16, width=40, only=("readings",))
+    settings = FactsSettings(pairs=16, width=40, space=40, steps=0, only=("readings",))
     again = run_facts(model, [(Coordinates(SITE, WIDTH), None)], settings=settings)
     assert again["sites"][0]["ways"]["readings"] == result["sites"][0]["ways"]["readings"]
+    assert again["sites"][0]["subspaces"]["contrasts"] == result["sites"][0]["subspaces"]["contrasts"]
+
+
+def test_exchanging_everything_moves_every_answer_and_removing_it_loses_them(result: dict[str, Any]) -> None:
+    everything = result["sites"][0]["subspaces"]["everything"]
+    for kind in ("swap", "swap_of_whole"):  # coordinates leave nothing over
+        assert everything[kind]["follows"]["value"] > 0.95
+        assert everything[kind]["others_stay"]["value"] < 0.05
+        assert everything[kind]["both"]["value"] == pytest.approx(0.5, abs=0.05)
+        assert everything[kind]["own"]["value"] == pytest.approx(1.0, abs=1e-3)
+    assert everything["removal"]["forgotten"]["value"] > 0.7
+    assert everything["removal"]["others_kept"]["value"] == pytest.approx(
+        1 - everything["removal"]["forgotten"]["value"], abs=0.1
+    )
+
+
+def test_contrasts_exchange_one_fact_and_random_subspaces_do_not(result: dict[str, Any]) -> None:
+    subspaces = result["sites"][0]["subspaces"]
+    both = {name: each["swap"]["both"]["value"] for name, each in subspaces.items()}
+    assert both["contrasts"] > max(0.6, both["random"] + 0.05), both
+    assert set(both) == {"everything", "contrasts", "random", "trained"}
+
+
+def test_trained_subspaces_fit_the_entities_they_are_trained_on(taught: Path) -> None:
+    model = SubjectModel.load(taught, device="cpu")
+    wordings = {question.attribute: question.asked for question in COUNTRY_QUESTIONS}
+    asking = ask(model, SITE, wordings, few(), n_pairs=16, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {q: torch.randn(200, WIDTH, generator=generator) for q in wordings}
+
+    def both(steps: int) -> float:
+        operators = trained(asking, gradients, width=40, rank=16, steps=steps, seed=0)
+        difference = asking.x[asking.pairs.clean] - asking.x[asking.pairs.other]
+        effects = effects_by_question(asking, patches(operators, difference, list(wordings)))
+        return swap(Scorer(asking, 0), effects, margins(asking))["both"]["value"]
+
+    before, after = both(2), both(60)
+    assert after > max(0.65, before + 0.1), (before, after)
 
 
 def test_the_command_takes_folders(
@@ -146,26 +191,67 @@ def test_the_command_takes_folders(
     random_dictionary(tmp_path / "saes" / "one", SITE.name, d_in=WIDTH, d_sae=80)
     monkeypatch.delenv("MEDIATION_DATA", raising=False)
     command = ["bench", "facts", "--model", str(taught), "--saes", str(tmp_path / "saes"), "--pairs", "6"]
-    main([*command, "--width", "10", "--way", "readings", "--json"])
+    main([*command, "--quick", "--width", "10", "--way", "readings", "--json"])
     made = json.loads(capsys.readouterr().out)
     assert list(made["sites"][0]["ways"]) == ["latents", "readings"]
-    main([*command, "--width", "10", "--way", "nearest row"])
-    assert "nearest row" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--way", "no such way"])
-    assert stopped.value.code == 2
-    assert "no way called 'no such way'" in capsys.readouterr().err
+    assert made["settings"]["space"] == QUICK.space
+    main([*command, "--quick", "--way", "nearest row"])
+    printed = capsys.readouterr().out
+    assert "nearest row" in printed
+    assert "trained" in printed
+    refusals = {
+        ("--way", "no such way"): "no way called 'no such way'",
+        ("--entities", "rivers"): "--entities is 'rivers'",
+        ("--entities", "cities"): "folder that holds ravel/",
+    }
+    for wrong, sentence in refusals.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--quick", *wrong])
+        assert stopped.value.code == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What docs/make_evidence_facts.py writes into `folder`."""
+    spec = importlib.util.spec_from_file_location("make_evidence_facts", DOCS / "make_evidence_facts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "DOCS", folder)
+    monkeypatch.setattr(script, "RESULTS", folder / "evidence" / "facts.json")
+    monkeypatch.setattr("sys.argv", ["make_evidence_facts.py", *map(str, results)])
+    script.main()
+    return (folder / "evidence-facts.md").read_text()
+
+
+def test_the_page_is_made_of_results(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    text = page(tmp_path, [tmp_path / "one.json"], monkeypatch)
+    share = result["sites"][0]["ways"]["readings"]["carry"]["strongest"]["value"]
+    assert f"| readings | {share:.2f} [" in text
+    assert "subspaces: trained" in text
+    assert (tmp_path / "evidence-facts-countries-blocks-0-hook_resid_pre.svg").exists()
+    assert page(tmp_path, [], monkeypatch) == text  # from what it keeps
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evidence").mkdir()
+    shutil.copy(DOCS / "evidence" / "facts.json", tmp_path / "evidence")
+    assert page(tmp_path, [], monkeypatch) == (DOCS / "evidence-facts.md").read_text()
+    for plot in tmp_path.glob("*.svg"):
+        assert (DOCS / plot.name).exists()
 
 
 def test_a_model_that_spells_countries_is_refused(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     model.tokenizer.backend_tokenizer.pre_tokenizer = None
     with pytest.raises(MediationError, match="ten are needed"):
-        one_token(countries().only(range(3)), model)
+        of_length(topics()["countries"], ALL.only(range(3)), model)
 
 
 def test_differences_of_means_are_of_shared_values() -> None:
-    development, _ = countries().split(0)
+    development, _ = ALL.split(0)
     x = torch.randn(len(development), 5, generator=torch.Generator().manual_seed(0))
     found = mean_differences(development, x)
     spanish = torch.tensor([value == "Spanish" for value in development.values["language"]])
