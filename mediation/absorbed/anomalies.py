@@ -39,8 +39,8 @@ from mediation.sites import Site
 from mediation.statistics import permutation_p
 from mediation.subject import SubjectModel
 
-TOP, UNRELATED, RELATED = 40, 0.55, 0.6
-DISCOVERY_PAIRS, EVALUATION_PAIRS, CONTROLS, STEPS = 32, 8, 19, 3
+TOP, UNRELATED, RELATED = 32, 0.55, 0.6
+DISCOVERY_PAIRS, EVALUATION_PAIRS, CONTROLS, STEPS = 32, 5, 19, 3
 LEAST_LETTERS = 3  # of a task word
 HALF, ALPHA = 0.5, 0.05
 

@@ -37,7 +37,7 @@ from mediation.training.text import documents_of
 
 PARTS = ("letters", "concepts", "wordings", "anomalies")
 SPELLING = Path("spelling") / "smollm2_common_word_tokens.jsonl"
-WINDOW, BATCH = 128, 1024
+WINDOW, BATCH, META_BATCH = 128, 1024, 512
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class AbsorptionSettings:
 
     seed: int = 0
     parts: tuple[str, ...] = PARTS
-    per_letter: int = 120
-    judged: int = 300
+    per_letter: int = 150
+    judged: int = 400
     families: int = len(FAMILIES)
     wordings: int = 6
     text_tokens: int = 24_000
-    grid: tuple[tuple[int, int], ...] = ((1024, 32), (2048, 32), (4096, 32), (8192, 32), (4096, 16), (4096, 64))
-    grid_tokens: int = 200_000
+    grid: tuple[tuple[int, int], ...] = ((1024, 32), (2048, 32), (8192, 32), (2048, 16), (2048, 64))
+    grid_tokens: int = 150_000
     grid_epochs: int = 3
-    meta: tuple[int, int, int] = (1024, 4, 600)
+    meta: tuple[int, int, int] = (1024, 4, 400)
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -128,7 +128,14 @@ def _letters(
 
         def decompositions(rows: Tensor, name: str = dictionary.name) -> dict[str, Decomposition]:
             given = {"given meta-dictionary": metas[name]} if name in metas else {}
-            alike = {"width": width, "k": k, "steps": steps, "restarts": 1, "seed": settings.seed}
+            alike: dict[str, Any] = {
+                "width": width,
+                "k": k,
+                "steps": steps,
+                "restarts": 1,
+                "batch": META_BATCH,
+                "seed": settings.seed,
+            }
             own = MetaDictionary.train(rows, **alike)
             null = MetaDictionary.train(rotated(rows, settings.seed), **alike)
             return {**given, "meta-dictionary of rows in use": own, "the same of rotated rows (null)": null}

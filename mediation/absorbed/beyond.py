@@ -6,10 +6,11 @@
 2. Probe of a concept: logistic regression (balanced classes, C = .1) on standardised x, members against all other
    words. *Present* at a word: the probe is positive there.
 3. Own latents of a concept: `mediation.absorption.main_latents`, from the same words as the probe. *Silent*: all off.
+   Where no latent speaks for a concept (no positive weight) there is none to be silent: counted apart.
 4. *Used*, which no dictionary enters: the word's x is moved along the difference of means (members less others) until
-   the probe reads what it reads on average for others. The behaviour is the logit of the concept's answer less the
-   mean logit of the other concepts' answers; it must be positive to begin with. Used: it falls, and by more than under
-   each of `CONTROLS` moves of the same length along differences of two other words (so p <= 1 / (1 + CONTROLS)).
+   the probe reads what it reads on average for others. The behaviour is the logit of the concept's answer less the mean
+   logit of the other concepts' answers; it must be positive to begin with. Used: it falls to half or less. How often
+   `CONTROLS` moves of the same length, along differences of two other words, do the same is reported beside it.
 5. Figures, over members: share of words present at which own latents are silent; the same among those where the concept
    is used; the share with v2 full absorption, where one other latent carries at least .4 of the probe's projection; and
    v2's fraction (`mediation.absorbed.letters`). Beside them the own latents' F1 on the held-out words: a dictionary
@@ -21,7 +22,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ from mediation.quality import held_out_figures
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 
-FOLDS, CONTROLS, STRENGTH = 2, 9, 0.1
+FOLDS, CONTROLS, STRENGTH = 2, 2, 0.1
+HALF = 0.5
 LEAST_MEMBERS = 8
 NO_CONCEPT = -1
 
@@ -67,7 +69,8 @@ class Words:
 class Case:
     """One concept judged on one half: rows of `Words` per role, the probe, and per judged word and context what holds.
 
-    probe [d], unit; members [k] rows; present, right and used [contexts, k].
+    probe [d], unit; members [k] rows; present, right, used and the share of control moves that do the same
+    [contexts, k].
     """
 
     concept: int
@@ -78,7 +81,7 @@ class Case:
     present: Tensor
     right: Tensor
     used: Tensor
-    drop: Tensor
+    control: Tensor
 
 
 def read_words(model: SubjectModel, family: Family, sites: Sequence[Site], seed: int = 0) -> Words:
@@ -86,21 +89,23 @@ def read_words(model: SubjectModel, family: Family, sites: Sequence[Site], seed:
     rng = random.Random(seed)
     known = single_tokens(model, [word for each in family.concepts for word in each.members] + list(family.others))
     rows: list[tuple[str, int, int]] = []
-    groups = [(number, each.members) for number, each in enumerate(family.concepts)] + [(NO_CONCEPT, family.others)]
+    kept = tuple(each for each in family.concepts if sum(word in known for word in each.members) >= LEAST_MEMBERS)
+    if len(kept) < min(2, len(family.concepts)):
+        raise MediationError(
+            f"{model.name} writes fewer than {LEAST_MEMBERS} words as one token of all but {len(kept)} concepts of "
+            f"'{family.name}'; measure another model."
+        )
+    family = replace(family, concepts=kept)
+    groups = [(number, each.members) for number, each in enumerate(kept)] + [(NO_CONCEPT, family.others)]
     for number, members in groups:
         mine = [word for word in dict.fromkeys(members) if word in known]
-        if number != NO_CONCEPT and len(mine) < LEAST_MEMBERS:
-            raise MediationError(
-                f"{model.name} writes {len(mine)} of the {family.concepts[number].name} as one token; "
-                f"{LEAST_MEMBERS} are needed."
-            )
         rng.shuffle(mine)
         rows += [(word, number, place % FOLDS) for place, word in enumerate(mine)]
     ids = torch.tensor([known[word] for word, _, _ in rows])
     sides = [[InContext(model, each, ids) for each in side] for side in (family.discovery, family.evaluation)]
     read = [[context.x(sites) for context in side] for side in sides]
     discovery, evaluation = ({site: torch.stack([x[site].cpu() for x in side]) for site in sites} for side in read)
-    answers = [model.tokenizer(each.answer, add_special_tokens=False)["input_ids"][0] for each in family.concepts]
+    answers = [model.tokenizer(each.answer, add_special_tokens=False)["input_ids"][0] for each in kept]
     return Words(
         family,
         [word for word, _, _ in rows],
@@ -123,7 +128,7 @@ def find_cases(words: Words, site: Site, seed: int = 0, progress: Callable[[], N
             learn = words.half != half
             x, is_member = _discovery(words, site, learn, concept)
             scaler = StandardScaler().fit(x.numpy())
-            fitted = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
+            fitted = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=300)
             fitted.fit(scaler.transform(x.numpy()), is_member.numpy())
             weights = torch.from_numpy(fitted.coef_[0] / scaler.scale_).float()
             offset = float(fitted.intercept_[0]) - float(weights @ torch.from_numpy(scaler.mean_).float())
@@ -160,7 +165,7 @@ def _intervene(
     words: Words, site: Site, case: Case, means: tuple[Tensor, Tensor], others: Tensor, generator: torch.Generator
 ) -> None:
     """Step 4: fills in what is right and used."""
-    right, used, drop = [], [], []
+    right, used, control = [], [], []
     k = len(case.members)
     weights = torch.full((len(words.answers),), -1.0 / (len(words.answers) - 1))
     weights[case.concept] = 1.0
@@ -176,11 +181,11 @@ def _intervene(
             changed.append(x + length * direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-6))
         rows = case.members.repeat(len(changed))
         margins = (context.logits(site, rows, torch.cat(changed), words.answers).cpu() @ weights).view(-1, k)
-        falls = margins[0] - margins[1:]
+        halved = (margins[1:] <= HALF * margins[0]) & (margins[0] > 0)
         right.append(margins[0] > 0)
-        used.append((falls[0] > 0) & (falls[0] > falls[1:].max(0).values) & (margins[0] > 0))
-        drop.append(falls[0])
-    case.right, case.used, case.drop = torch.stack(right), torch.stack(used), torch.stack(drop)
+        used.append(halved[0])
+        control.append(halved[1:].float().mean(0))
+    case.right, case.used, case.control = torch.stack(right), torch.stack(used), torch.stack(control)
 
 
 @dataclass
@@ -190,7 +195,9 @@ class Judged:
     concept: str
     member: list[str]
     present: np.ndarray
+    right: np.ndarray
     used: np.ndarray
+    control: np.ndarray
     silent: np.ndarray
     full: np.ndarray
     fraction: np.ndarray
@@ -224,7 +231,7 @@ def judge(dictionary: Dictionary, words: Words, cases: Sequence[Case]) -> list[J
                 words.family.concepts[case.concept].name,
                 [words.words[row] for row in case.members.tolist()] * len(held),
                 case.present.flatten().numpy(),
-                case.used.flatten().numpy(),
+                *(each.flatten().numpy() for each in (case.right, case.used, case.control)),
                 (f[:, own] < SILENT).all(1).numpy(),
                 absorbed_full(f, x, dictionary.decoder, case.probe, own).numpy(),
                 absorption_fractions(f, x, dictionary.decoder, case.probe, own).numpy(),
@@ -236,22 +243,27 @@ def judge(dictionary: Dictionary, words: Words, cases: Sequence[Case]) -> list[J
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Step 5 over halves (and concepts, where several are given)."""
+    """Step 5 over halves (and concepts, where several are given); own latents' figures where there are any."""
+    own = np.concatenate([np.full(len(each.member), each.own > 0) for each in judged])
     member = np.concatenate([np.array([f"{each.concept}: {word}" for word in each.member]) for each in judged])
-    present, used, silent, full, fraction = (
+    present, right, used, control, silent, full, fraction = (
         np.concatenate([getattr(each, name) for each in judged])
-        for name in ("present", "used", "silent", "full", "fraction")
+        for name in ("present", "right", "used", "control", "silent", "full", "fraction")
     )
-    at = present & used
+    with_own = present & own
+    at = with_own & used
     return {
         "present": share(present, groups=member),
-        "used": share(used, groups=member),
-        "silent": share(silent & present, present, member),
+        "right": share(right & present, present, member),
+        "used": share(used & present, right & present, member),
+        "control": share(control * present, right & present, member),
+        "without_own": sum(each.own == 0 for each in judged) / len(judged),
+        "silent": share(silent & with_own, with_own, member),
         "silent_while_used": share(silent & at, at, member),
-        "absorbed_full": share(full & present, present, member),
+        "absorbed_full": share(full & with_own, with_own, member),
         "absorbed_full_while_used": share(full & at, at, member),
-        "absorbed_fraction": share(fraction * present, present, member),
-        "own_f1": float(np.mean([each.f1 for each in judged])),
+        "absorbed_fraction": share(fraction * with_own, with_own, member),
+        "own_f1": float(np.mean([each.f1 for each in judged if each.own])) if own.any() else None,
         "own_latents": float(np.mean([each.own for each in judged])),
     }
 

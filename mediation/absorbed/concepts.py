@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mediation.absorbed.contexts import Context
+from mediation.realfacts.questions import countries
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,35 @@ def _gender(name: str, women: tuple[str, ...], men: tuple[str, ...], article: st
     return Family(f"gender of {name}", concepts, (), contexts[:2], contexts[2:], asks=True)
 
 
+def _shared(name: str, attribute: str, values: tuple[str, ...], contexts: tuple[Context, ...]) -> Family:
+    """Countries by what they have in common, the facts themselves; countries with another value are the others."""
+    entities = countries()
+    by_value = dict(zip(entities.names, entities.values[attribute], strict=True))
+    concepts = tuple(
+        Concept(value, f" {value}", tuple(name for name, own in by_value.items() if own == value)) for value in values
+    )
+    others = tuple(name for name, own in by_value.items() if own is not None and own not in values)
+    return Family(name, concepts, others, contexts[:2], contexts[2:], asks=True)
+
+
+CONTINENT = (
+    Context("In", ", which lies on the continent of"),
+    Context("The people of", " live on the continent of"),
+    Context("On the map,", " lies on the continent of"),
+    Context("My friend lives in", ", a country on the continent of"),
+)
+LANGUAGE = (
+    Context("In", ", most people speak"),
+    Context("The children of", " learn to read and write in"),
+    Context("The people of", " speak"),
+    Context("My friend moved to", ", where the official language is"),
+)
+
 FAMILIES = (
     Family("kinds, asked for", KINDS, OTHERS, ASKED[:2], ASKED[2:], asks=True),
     Family("kinds, in sentences", KINDS, OTHERS, PLAIN[:2], PLAIN[2:], asks=False),
     _gender("names", WOMEN, MEN, ""),
     _gender("nouns", FEMALE, MALE, " the"),
+    _shared("continent of countries", "continent", ("Europe", "Asia", "Africa"), CONTINENT),
+    _shared("language of countries", "language", ("English", "Spanish", "Arabic", "French"), LANGUAGE),
 )

@@ -16,8 +16,10 @@
 4. The flag knows no probe. Decoder rows w_i = b + sum_j z_ij u_j + r_i come from a meta-dictionary. On training words a
    meta-latent is named after a letter by enrichment (`mediation.labels.enrichment`) of sum_i a_i z_ij. On a test word,
    with M the meta-latents named after its letter, E = sum over latents i and j in M of a_i z_ij (g . u_j), shared out
-   among carriers (some w_i . u_j >= `CARRIER`) and others. Hidden share = |E others| / (|E others| + |E carriers|).
-   Flagged: hidden share >= .5, no carrier on, E others > 0 and |E| >= 5 % of sum_i |A_i|.
+   among carriers of M and others. Hidden share = |E others| / (|E others| + |E carriers|). Flagged: hidden share >= .5,
+   no carrier on, E others > 0 and |E| >= 5 % of sum_i |A_i|. Carriers of u_j, three rules, none of them fitted: w_i .
+   u_j is at least .7 (the default of `mediation flag`), or .5, or .7 of the largest w_i . u_j in the dictionary
+   (*nearest*).
 5. Judged on the words of step 3, absorbed or not by each definition: area under the ROC curve of the hidden share (0
    where E others <= 0 or no meta-latent bears the letter's name), precision and recall of the flag. Beside it: the
    same with a meta-dictionary trained on rows turned at random, and with the probes themselves as directions, which no
@@ -59,9 +61,10 @@ LEAST_WORDS, TEST_SHARE = 10, 0.3
 SILENT = 1e-8
 STEPS, GAP, V1_COSINE = 6, 1.0, 0.025
 V2_COSINE, V2_SHARE = 0.025, 0.4
-CARRIER = 0.7
+NEAREST = 0.7  # of the largest cosine
 HIDDEN, IMPORTANT = 0.5, 0.05
 CARRY_PAIRS = 64
+RULES = ("cosine .7", "cosine .5", "nearest")
 
 
 @dataclass
@@ -139,11 +142,20 @@ class Pooled:
         return (self.share() >= HIDDEN) & ~self.carrier_on & important
 
 
-def pooled_effects(latents: Tensor, gradients: Tensor, rows: Tensor, codes: Tensor, directions: Tensor) -> Pooled:
-    """Step 4: latents [n, k], gradients [n, d], rows [k, d], codes [k, m] and directions [m, d] of the m
-    meta-latents."""
+def carriers(rows: Tensor, directions: Tensor) -> dict[str, Tensor]:
+    """Which rows [k, d] carry some of the directions [m, d], [k] by rule of step 4."""
+    cosines = rows @ directions.T
+    if not len(directions):
+        return dict.fromkeys(RULES, torch.zeros(len(rows), dtype=torch.bool))
+    levels = torch.tensor(0.7), torch.tensor(0.5), NEAREST * cosines.max(0).values
+    return {rule: (cosines >= level).any(1) for rule, level in zip(RULES, levels, strict=True)}
+
+
+def pooled_effects(latents: Tensor, gradients: Tensor, codes: Tensor, directions: Tensor, carrier: Tensor) -> Pooled:
+    """Step 4: latents [n, k], gradients [n, d], codes [k, m] and directions [m, d] of the m meta-latents, and which of
+    the k latents carry them [k].
+    """
     effects = latents * (gradients @ directions.T @ codes.T)
-    carrier = (rows @ directions.T >= CARRIER).any(1)
     carried = effects[:, carrier].sum(1)
     return Pooled(effects[:, ~carrier].sum(1), carried, (latents[:, carrier] > SILENT).any(1))
 
@@ -326,53 +338,53 @@ def measure_letters(
             letter: table.filter(table["label"] == f"letter={ascii_uppercase[letter]}")["meta"].to_list()
             for letter in valid
         }
-        pooled = _pool(here_on, gradients, in_use, letter_of, {
-            letter: (codes[:, metas_], meta.directions[metas_]) for letter, metas_ in named.items()
-        })  # fmt: skip
-        figures = _judge(pooled, attribution, truths)
-        result["flags"][name] = figures | {
+        parts = {letter: (codes[:, each], meta.directions[each]) for letter, each in named.items()}
+        result["flags"][name] = {
+            "rules": _judge(here_on, gradients, in_use, letter_of, parts, attribution, truths),
             "width": len(meta.directions),
             "variance_explained": meta.variance_explained(in_use),
             "named_letters": sum(bool(each) for each in named.values()),
-            "with_carrier": _with_carrier(in_use, meta.directions, named),
         }
     supervised = {letter: (in_use @ directions[letter][:, None], directions[letter][None]) for letter in valid}
-    result["flags"]["probe directions"] = _judge(
-        _pool(here_on, gradients, in_use, letter_of, supervised), attribution, truths
-    )
+    rules = _judge(here_on, gradients, in_use, letter_of, supervised, attribution, truths)
+    result["flags"]["probe directions"] = {"rules": rules}
     return result
 
 
 Named = Mapping[int, tuple[Tensor, Tensor]]  # codes [k, m] and directions [m, d] of the m meta-latents of a letter
 
 
-def _pool(latents: Tensor, gradients: Tensor, rows: Tensor, letters: Tensor, named: Named) -> Pooled:
-    pooled = Pooled(*(torch.zeros(len(letters)) for _ in range(2)), torch.zeros(len(letters), dtype=torch.bool))
-    for letter, (codes, directions) in named.items():
-        here = (letters == letter).nonzero()[:, 0]
-        found = pooled_effects(latents[here], gradients[here], rows, codes, directions)
-        pooled.hidden[here], pooled.carried[here], pooled.carrier_on[here] = (
-            found.hidden,
-            found.carried,
-            found.carrier_on,
+def _judge(
+    latents: Tensor,
+    gradients: Tensor,
+    rows: Tensor,
+    letters: Tensor,
+    named: Named,
+    attribution: Tensor,
+    truths: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Step 5 for each rule: with how many letters have a carrier."""
+    found = {}
+    on = {letter: carriers(rows, directions) for letter, (_, directions) in named.items()}
+    for rule in RULES:
+        pooled = Pooled(
+            torch.zeros(len(letters)), torch.zeros(len(letters)), torch.zeros(len(letters), dtype=torch.bool)
         )
-    return pooled
-
-
-def _judge(pooled: Pooled, attribution: Tensor, truths: Mapping[str, Tensor]) -> dict[str, Any]:
-    score, flags = pooled.share().numpy(), pooled.flagged(attribution).numpy()
-    return {
-        "flagged": share(flags),
-        "against": {
-            name: {"auc": auc(score, truth.numpy()), **precision_recall(flags, truth.numpy())}
-            for name, truth in truths.items()
-        },
-    }
-
-
-def _with_carrier(rows: Tensor, directions: Tensor, named: Mapping[int, list[int]]) -> int:
-    """Letters with a named meta-latent that some row in use carries."""
-    return sum(bool(each) and bool((rows @ directions[each].T >= CARRIER).any()) for each in named.values())
+        for letter, (codes, directions) in named.items():
+            here = (letters == letter).nonzero()[:, 0]
+            each = pooled_effects(latents[here], gradients[here], codes, directions, on[letter][rule])
+            pooled.hidden[here], pooled.carried[here] = each.hidden, each.carried
+            pooled.carrier_on[here] = each.carrier_on
+        score, flags = pooled.share().numpy(), pooled.flagged(attribution).numpy()
+        found[rule] = {
+            "flagged": share(flags),
+            "letters_with_carrier": sum(bool(each[rule].any()) for each in on.values()),
+            "against": {
+                name: {"auc": auc(score, truth.numpy()), **precision_recall(flags, truth.numpy())}
+                for name, truth in truths.items()
+            },
+        }
+    return found
 
 
 def _examples(

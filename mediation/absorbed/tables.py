@@ -57,8 +57,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
             for place in ("country", "last token"):
                 for kind in ("anomalous", "related"):
                     figures = each[place][kind]
-                    cells = (str(figures["latents"]), str(figures["shared"]), number(figures["explained"]))
-                    table.add_row(each["site"], place, kind, *cells)
+                    counts = [str(figures[key]) for key in ("latents", "shared")]
+                    table.add_row(each["site"], place, kind, *counts, number(figures["explained"]))
         found.append(table)
     return found
 
@@ -73,7 +73,8 @@ def _letters(sites: list[dict[str, Any]]) -> list[Table]:
         cells = (number(each) for each in site["absorbed"].values())
         rates.add_row(site["site"], str(site["valid_letters"]), *cells, str(site["judged"]))
         for name, flag in site["flags"].items():
-            for truth, scored in flag["against"].items():
-                cells = (number(scored[key]) for key in ("auc", "precision", "recall"))
-                flags.add_row(site["site"], name, truth, *cells)
+            for rule, judged in flag["rules"].items():
+                for truth, scored in judged["against"].items():
+                    row = [number(scored[key]) for key in ("auc", "precision", "recall")]
+                    flags.add_row(site["site"], f"{name}; {rule}", truth, *row)
     return [rates, flags]

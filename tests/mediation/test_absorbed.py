@@ -17,7 +17,7 @@ from mediation.absorbed.beyond import Case, Words, figures, judge, moved
 from mediation.absorbed.concepts import FAMILIES, Concept, Family
 from mediation.absorbed.contexts import END, Context, InContext
 from mediation.absorbed.coordination import missing_latents
-from mediation.absorbed.letters import CARRIER, absorbed_full, absorbed_v1, pooled_effects
+from mediation.absorbed.letters import absorbed_full, absorbed_v1, carriers, pooled_effects
 from mediation.absorbed.scores import auc, precision_recall, rank_areas, share
 from mediation.dictionaries import Dictionary
 from mediation.sites import Site
@@ -26,13 +26,16 @@ from tests.setups import tiny
 SITE = Site.parse("blocks.1.hook_resid_pre")
 
 
-def planted(folder: Path, encoder: Tensor, decoder: Tensor) -> Dictionary:
-    """A dictionary of these rows, [d_sae, d] each, that fires where the encoder's product is over .5."""
+def planted(
+    folder: Path, encoder: Tensor, decoder: Tensor, bias: Tensor | None = None, site: Site = SITE
+) -> Dictionary:
+    """A dictionary of these rows, [d_sae, d] each, that fires where the encoder's product plus bias is over .5."""
     d_sae, d = decoder.shape
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d, d_sae=d_sae, metadata=SAEMetadata(hook_name=SITE.name)))
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d, d_sae=d_sae, metadata=SAEMetadata(hook_name=site.name)))
     sae.W_enc.data, sae.W_dec.data = encoder.T.contiguous(), normalize(decoder, dim=1)
-    for name, value in (("b_enc", 0.0), ("b_dec", 0.0), ("threshold", 0.5)):
-        getattr(sae, name).data.fill_(value)
+    sae.b_enc.data = torch.zeros(d_sae) if bias is None else bias
+    sae.b_dec.data.fill_(0.0)
+    sae.threshold.data.fill_(0.5)
     sae.save_model(folder)
     return Dictionary.load(folder)
 
@@ -137,14 +140,13 @@ class TestFlag:
     directions = torch.eye(3)[:1]
     gradients = torch.tensor([[2.0, 0, 0]] * 3)
 
-    def flags(self, latents: Tensor) -> tuple[list[float], list[bool]]:
-        codes = self.rows @ self.directions.T
-        pooled = pooled_effects(latents, self.gradients, self.rows, codes, self.directions)
-        attribution = latents * (self.gradients @ self.rows.T)
-        return pooled.share().tolist(), pooled.flagged(attribution).tolist()
+    def flags(self, latents: Tensor, sign: float = 1.0) -> tuple[list[float], list[bool]]:
+        codes, gradients = self.rows @ self.directions.T, sign * self.gradients
+        carrier = carriers(self.rows, self.directions)["cosine .7"]
+        pooled = pooled_effects(latents, gradients, codes, self.directions, carrier)
+        return pooled.share().tolist(), pooled.flagged(latents * (gradients @ self.rows.T)).tolist()
 
     def test_hidden_and_open(self) -> None:
-        assert CARRIER > 0.6
         shares, flagged = self.flags(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0, 1.0], [0, 0, 1.0]]))
         assert shares == [1.0, 0.0, 0.0]
         assert flagged == [True, False, False]
@@ -155,11 +157,15 @@ class TestFlag:
         assert not any(flagged)
 
     def test_an_effect_against_the_answer_is_not_flagged(self) -> None:
-        codes = self.rows @ self.directions.T
-        latents = torch.tensor([[0.0, 1.0, 0.0]])
-        pooled = pooled_effects(latents, -self.gradients[:1], self.rows, codes, self.directions)
-        assert pooled.share().tolist() == [0.0]
-        assert pooled.flagged(-latents).tolist() == [False]
+        shares, flagged = self.flags(torch.tensor([[0.0, 1.0, 0.0]] * 3), sign=-1.0)
+        assert shares == [0.0] * 3
+        assert not any(flagged)
+
+    def test_rules_for_carriers(self) -> None:
+        rows = normalize(torch.tensor([[0.6, 0.8, 0], [0.45, 0.9, 0], [0.3, 0.95, 0.0]]), dim=1)
+        found = {rule: mask.tolist() for rule, mask in carriers(rows, self.directions).items()}
+        assert found == {"cosine .7": [False] * 3, "cosine .5": [True, False, False], "nearest": [True, True, False]}
+        assert not any(mask.any() for mask in carriers(rows, rows[:0]).values())
 
 
 def concept_words(absorbed: bool, folder: Path) -> tuple[Words, list[Case], Dictionary]:
@@ -185,7 +191,7 @@ def concept_words(absorbed: bool, folder: Path) -> tuple[Words, list[Case], Dict
     for number in (0, 1):
         members = ((concept == 0) & (half == number)).nonzero()[:, 0]
         yes = torch.ones(2, len(members), dtype=torch.bool)
-        cases.append(Case(0, number, torch.eye(d)[0], -0.5, members, yes, yes, yes, yes.float()))
+        cases.append(Case(0, number, torch.eye(d)[0], -0.5, members, yes, yes, yes, 0 * yes.float()))
     return words, cases, planted(folder, encoder, decoder)
 
 
