@@ -330,7 +330,10 @@ def measure_letters(
     amounts = torch.from_numpy(seen[:, used.numpy()].toarray()).float()
     here_on = latents[:, used]
     result |= {"rows_in_use": len(used), "flags": {}}
-    for name, meta in metas(in_use).items():
+    progress("meta-dictionaries")
+    with torch.enable_grad():
+        made = metas(in_use)
+    for name, meta in made.items():
         progress(f"flag: {name}")
         codes = meta.codes(in_use, used)
         table = enrichment(amounts @ codes, [{"letter": ascii_uppercase[k]} for k in train.letters.tolist()])
