@@ -160,8 +160,8 @@ def letters(part: dict[str, Any]) -> str:
     measured = [site for site in part["sites"] if "absorbed" in site]
     refused = [f"{short(site['site'])}: {site['reason']}" for site in part["sites"] if "absorbed" not in site]
     rates = table(
-        ["site", "carried at the word", "letters with a probe of F1 >= .6", "probe F1", "words", "main latents a letter",
-         "main silent", "v1", "v2 full", "v2 fraction"],
+        ["site", "carried at the word", "letters with a probe of F1 >= .6", "probe F1", "words",
+         "main latents a letter", "main silent", "v1", "v2 full", "v2 fraction"],
         [[short(site["site"]), number(site["carried_at_word"]), str(site["valid_letters"]), number(site["probe_f1"]),
           str(site["judged"]), number(site["main_latents"]), number(site["main_silent"]),
           *(number(each) for each in site["absorbed"].values())] for site in measured],

@@ -5,9 +5,9 @@
    is done at one place at a time, the country's token or the last one.
 2. Discovery pairs: attribution of latent i, A_i = (f_i - f'_i) (g . w_i), g the mean gradient on the path between both
    residuals. *Large*: the `TOP` latents with the largest mean |A_i|.
-3. On a text, each large latent's area under the ROC curve for tokens that are task words (names of countries, capitals,
-   languages), or that stand before one, whichever is larger. *Anomalous*: below `UNRELATED`; *related*: at least
-   `RELATED`. No latent is picked by hand.
+3. On a text, each large latent's area under the ROC curve for tokens that are task words (one-word names of countries,
+   capitals, languages), or that stand before one, whichever is larger. *Anomalous*: below `UNRELATED`; *related*: at
+   least `RELATED`. No latent is picked by hand.
 4. Parts: w_i = b + sum_j z_ij u_j + r_i. Latent i's strongest part is the j with the largest |sum over pairs of
    (f_i - f'_i) z_ij (g . u_j)|, on discovery pairs. *Shared*: at least one related large latent has it too. By chance:
    the share of the latent's other parts that are shared.
@@ -41,7 +41,7 @@ from mediation.subject import SubjectModel
 
 TOP, UNRELATED, RELATED = 32, 0.55, 0.6
 DISCOVERY_PAIRS, EVALUATION_PAIRS, CONTROLS, STEPS = 32, 5, 19, 3
-LEAST_LETTERS = 3  # of a task word
+SHORT = 3  # letters of a word that is not taken for a task word
 HALF, ALPHA = 0.5, 0.05
 
 
@@ -88,7 +88,7 @@ def _draw(task: Worded, known: Tensor, most: int) -> Pairs:
 def read_text(model: SubjectModel, sites: Sequence[Site], paths: Sequence[Path], entities: Entities, n: int) -> Text:
     """Step 3: `n` tokens of text files, first tokens and attention sinks left out."""
     names = {*entities.names, *(v for q in ("capital", "language") for v in entities.values[q] if v is not None)}
-    words = {part for name in names for part in name.split() if len(part) > LEAST_LETTERS}
+    words = {name for name in names if len(name) > SHORT and " " not in name}
     is_task = torch.tensor([model.tokenizer.decode([t]).strip() in words for t in range(model.vocab_size)])
     x: dict[Site, list[Tensor]] = {site: [] for site in sites}
     here, after, seen = [], [], 0

@@ -25,6 +25,7 @@ from mediation.absorbed.beyond import read_words as read_family
 from mediation.absorbed.concepts import FAMILIES
 from mediation.absorbed.coordination import ask_wordings, measure_coordination
 from mediation.absorbed.letters import measure_letters, spell
+from mediation.absorbed.scores import plain
 from mediation.absorption import read_words
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
@@ -103,7 +104,7 @@ def run_absorption(
         found = measures[part](model, dictionaries, metas, data, texts, settings, show)
         result[part] = found | {"seconds": time.perf_counter() - before, "settings": asdict(settings)}
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"model": model.name, **result, "machine": machine, "seconds": time.perf_counter() - started}
+    return plain({"model": model.name, **result, "machine": machine, "seconds": time.perf_counter() - started})
 
 
 Show = Callable[[str], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,3 +80,12 @@ def rank_areas(values: NDArray[np.float64], member: NDArray[np.bool_]) -> NDArra
     outside = len(member) - inside
     ranks = stats.rankdata(values, axis=0)
     return (ranks[member].sum(0) - inside * (inside + 1) / 2) / max(inside * outside, 1)
+
+
+def plain(value: Any) -> Any:
+    """The same with None for what is no finite number, as JSON wants it."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
