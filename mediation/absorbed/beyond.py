@@ -46,7 +46,7 @@ from mediation.sites import Site
 from mediation.subject import SubjectModel
 
 FOLDS, CONTROLS, STRENGTH = 2, 2, 0.1
-HALF = 0.5
+HALF, READABLE = 0.5, 0.6
 LEAST_MEMBERS = 8
 NO_CONCEPT = -1
 
@@ -254,19 +254,23 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
     )
     with_own = present & own
     at = with_own & used
-    return {
+    found: dict[str, Any] = {
         "present": share(present, groups=member),
         "right": share(right & present, present, member),
         "used": share(used & present, right & present, member),
         "control": share(control * present, right & present, member),
         "without_own": sum(each.own == 0 for each in judged) / len(judged),
-        "silent": share(silent & with_own, with_own, member),
-        "silent_while_used": share(silent & at, at, member),
-        "absorbed_full": share(full & with_own, with_own, member),
-        "absorbed_full_while_used": share(full & at, at, member),
-        "absorbed_fraction": share(fraction * with_own, with_own, member),
         "own_f1": float(np.mean([each.f1 for each in judged if each.own])) if own.any() else None,
         "own_latents": float(np.mean([each.own for each in judged])),
+    }
+    readable = (found["present"]["value"] or 0.0) >= READABLE
+    counted, counted_used = with_own & readable, at & readable
+    return found | {
+        "silent": share(silent & counted, counted, member),
+        "silent_while_used": share(silent & counted_used, counted_used, member),
+        "absorbed_full": share(full & counted, counted, member),
+        "absorbed_full_while_used": share(full & counted_used, counted_used, member),
+        "absorbed_fraction": share(fraction * counted, counted, member),
     }
 
 

@@ -204,6 +204,9 @@ def test_planted_absorption_of_a_concept_is_measured(tmp_path: Path, absorbed: b
     for key in ("silent", "silent_while_used", "absorbed_full", "absorbed_full_while_used", "absorbed_fraction"):
         assert found[key]["value"] == pytest.approx(expected), key
     assert found["present"]["value"] == 1
+    for each in judged:
+        each.present = each.present & (np.arange(len(each.present)) % 2 == 0)  # half of the members can be read
+    assert figures(judged)["silent"]["value"] is None
     truly = {member for each in judged for member, silent in zip(each.member, each.silent, strict=True) if silent}
     assert truly == ({str(k) for k in range(1, 128, 2)} if absorbed else set())
 
