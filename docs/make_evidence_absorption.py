@@ -127,8 +127,8 @@ definitions, early, and fades with depth; shares are over words, not averaged ov
 
 Sizes differ: block 8 was measured with 400 words and three rules, the other sites in an earlier run with 160 words and
 the default rule alone, without a meta-dictionary of the rows in use and its null.""",
-    "concepts": """Kinds of words (countries, months, numbers, professions, feelings) are hardly ever absorbed as wholes:
-their own latents are on nearly wherever the concept is, though another latent often carries a part (fraction). Finer
+    "concepts": """Kinds of words (countries, months, numbers, professions, feelings) are hardly ever absorbed as
+wholes: their own latents are on nearly wherever the concept is, though another latent often carries a part (fraction). Finer
 concepts are another matter: early, own latents of a country's continent are silent in a third of the places where the
 probe reads it (Asia: up to .57), those of a word's gender in a sixth to a third at block 3. But there the own latents
 are poor on held-out members in the first place (own F1), so that silence is as much the lack of a latent as absorption,
