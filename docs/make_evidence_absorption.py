@@ -127,21 +127,21 @@ definitions, early, and fades with depth; shares are over words, not averaged ov
 
 Sizes differ: block 8 was measured with 400 words and three rules, the other sites in an earlier run with 160 words and
 the default rule alone, without a meta-dictionary of the rows in use and its null.""",
-    "concepts": """Kinds of words (countries, months, numbers, professions, feelings) are hardly ever absorbed as wholes: their own
-latents are on nearly wherever the concept is, though another latent often carries a part (fraction). Finer
-concepts are another matter: early, own latents of a country's continent are silent in a third of the places
-where the probe reads it (Asia: up to .57), those of a word's gender in a sixth to a third at block 3. But there
-the own latents are poor on held-out members in the first place (own F1), so that silence is as much the lack of
-a latent as absorption, and v2 full finds half of it at block 3 and little of it later. Male names and nouns
+    "concepts": """Kinds of words (countries, months, numbers, professions, feelings) are hardly ever absorbed as
+wholes: their own latents are on nearly wherever the concept is, though another latent often carries a part
+(fraction). Finer concepts are another matter: early, own latents of a country's continent are silent in a third of
+the places where the probe reads it (Asia: up to .57), those of a word's gender in a sixth to a third at block 3.
+But there the own latents are poor on held-out members in the first place (own F1), so that silence is as much the
+lack of a latent as absorption, and v2 full finds half of it at block 3 and little of it later. Male names and nouns
 have no own latent at some sites. The languages of countries cannot be read well enough for a figure over all of
 them.""",
-    "wordings": """**What a wording silences is not taken over by other latents.** At the country's token, where the fact is the
-same and only words before it differ, .54 to .85 of the latents stay on. Of what is missing, other latents put
-back nothing on balance: those along the same directions fall with it. The error node keeps a quarter to a half
-(another country: about none, but at the last sites), as it does where a latent has just sunk under its
-threshold. A single latent takes over in 2 to 12 % of cases, at most sites less often than when the country
-itself is another one, so even those are no sign of coordination. At the last token "another country" is a weak
-baseline up to block 20: the country has hardly arrived there, and little changes.""",
+    "wordings": """**What a wording silences is not taken over by other latents.** At the country's token, where the
+fact is the same and only words before it differ, .54 to .85 of the latents stay on. Of what is missing, other
+latents put back nothing on balance: those along the same directions fall with it. The error node keeps a quarter to
+a half (another country: about none, but at the last sites), as it does where a latent has just sunk under its
+threshold. A single latent takes over in 2 to 12 % of cases, at all but the last site less often than when the
+country itself is another one, so even those are no sign of coordination. At the last token "another country" is a
+weak baseline up to block 20: the country has hardly arrived there, and little changes.""",
     "anomalies": "",
 }
 
