@@ -270,7 +270,7 @@ def concepts(part: dict[str, Any]) -> str:
         for figures in site["families"].values()
         if figures["all"]["control"]["value"] is not None
     ]
-    span = ""
+    span = "; **not measured in these runs**, so nothing here says that the concept was used"
     if controls:
         span = f" (a move of the same length between two other words: {min(controls):.2f} to {max(controls):.2f})"
     by_site = [row for site in sites for row in family_rows(site, [short(site["site"])])]
