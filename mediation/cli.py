@@ -320,6 +320,35 @@ def bench_facts(
     _finish(commands.bench_facts_command(source, meta or [], data, chosen, quick=quick, quiet=as_json), as_json)
 
 
+@bench.command(
+    name="absorption",
+    epilog="Example: mediation bench absorption --model smollm2 --saes packs/smollm2 --meta packs/smollm2/meta "
+    "--data DATA --text books.txt --json",
+)
+def bench_absorption(
+    model: Annotated[str, typer.Option(help="Hugging Face name, local folder, .gguf file, or smollm2.")],
+    saes: Annotated[list[str], typer.Option(help="SAE folder, folder of them, or RELEASE:SAE_ID; repeat.")],
+    meta: Annotated[list[Path] | None, typer.Option(help="Meta-SAE folder, or folder of them; repeat.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="MEDIATION_DATA", help="Folder with spelling/, and pararel/ for more wordings."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text, for small dictionaries and contexts; repeat.")
+    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="letters, concepts, wordings or anomalies; repeat.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, under three minutes.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Are latents silent where they ought to fire? First letters, other concepts, other wordings, anomalies."""
+    commands = _commands()
+
+    source = commands.Source(model, tuple(saes), "words")
+    inputs = {"metas": meta or [], "data": data, "texts": text or [], "parts": tuple(part or ())}
+    _finish(commands.bench_absorption_command(source, inputs, seed, quick=quick, quiet=as_json), as_json)
+
+
 @train.command(name="meta", epilog="Example: mediation train meta packs/layer-15 --out packs/layer-15-meta")
 def train_meta(
     dictionaries: Annotated[list[Path], typer.Argument(help="SAE folders, or a folder of them; several are pooled.")],

@@ -634,16 +634,7 @@ def bench_facts_command(
         raise MediationError(f"--entities is {source.prompts!r}; give one of {', '.join(topics())}.")
     given = {name: value for name, value in chosen.items() if value is not None}
     model = SubjectModel.load(source.model, device=source.device)
-    dictionaries = load_dictionaries(source, str(model.device), model)
-    for dictionary in dictionaries:
-        dictionary.check(model)
-    folders = [each for given in metas for each in (sorted(c.parent for c in given.glob("*/cfg.json")) or [given])]
-    by_site: dict[str, MetaDictionary] = {}
-    for folder in folders:
-        meta = MetaDictionary.load(folder, device=str(model.device))
-        if not any(meta.base_hash == dictionary.content_hash for dictionary in dictionaries) and len(folders) > 1:
-            continue  # a pack's folder of meta-SAEs may hold more sites than are measured
-        by_site[_base_dictionary(dictionaries, meta, folder).name] = meta
+    dictionaries, by_site = _with_metas(source, metas, model)
     with report.stages("real facts", quiet) as show:
         result = run_facts(
             model,
@@ -656,6 +647,42 @@ def bench_facts_command(
     if not quiet:
         report.facts_bench(result)
     return result
+
+
+def bench_absorption_command(
+    source: Source, inputs: dict[str, Any], seed: int, *, quick: bool, quiet: bool
+) -> dict[str, Any]:
+    """`mediation bench absorption`; inputs: metas, data, texts and parts. See mediation.absorbed.bench."""
+    from mediation.absorbed import bench, tables
+
+    parts = inputs["parts"] or bench.PARTS
+    settings = bench.quick_settings(seed, parts) if quick else bench.AbsorptionSettings(seed, parts)
+    model = SubjectModel.load(source.model, device=source.device)
+    dictionaries, by_site = _with_metas(source, inputs["metas"], model)
+    given = {"data": inputs["data"], "texts": inputs["texts"], "settings": settings}
+    with report.stages("absorption", quiet) as show:
+        result = bench.run_absorption(model, dictionaries, by_site, **given, progress=show)
+    if not quiet:
+        for table in tables.tables(result):
+            report.console.print(table)
+    return result
+
+
+def _with_metas(
+    source: Source, metas: list[Path], model: SubjectModel
+) -> tuple[list[Dictionary], dict[str, MetaDictionary]]:
+    """The dictionaries, checked, and of the meta-dictionaries in folders each one's own, by its name."""
+    dictionaries = load_dictionaries(source, str(model.device), model)
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    folders = [each for given in metas for each in (sorted(c.parent for c in given.glob("*/cfg.json")) or [given])]
+    by_site: dict[str, MetaDictionary] = {}
+    for folder in folders:
+        meta = MetaDictionary.load(folder, device=str(model.device))
+        if not any(meta.base_hash == dictionary.content_hash for dictionary in dictionaries) and len(folders) > 1:
+            continue  # a pack's folder of meta-SAEs may hold more sites than are measured
+        by_site[_base_dictionary(dictionaries, meta, folder).name] = meta
+    return dictionaries, by_site
 
 
 def _trace_settings(chosen: dict[str, Any]) -> TraceSettings:

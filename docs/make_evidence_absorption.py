@@ -1,0 +1,393 @@
+"""Writes docs/evidence-absorption.md and its plots from docs/evidence/absorption.json.
+
+    python docs/make_evidence_absorption.py [RESULT.json ...]
+
+Results of `mediation bench absorption ... --json`, whole or part by part (`--part`, or some of the sites), are joined
+into docs/evidence/absorption.json first, over what it had.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent
+STORE = DOCS / "evidence" / "absorption.json"
+PARTS = ("letters", "concepts", "wordings", "anomalies")
+HEAD = """# Absorption: on first letters, beyond spelling, under other wordings, and behind anomalies
+
+{model}, dictionaries of `examples/packs/smollm2` (8,192 latents, L0 48 in training) unless another is named. Made by
+
+```bash
+mediation bench absorption --model smollm2 --saes examples/packs/smollm2 --meta examples/packs/smollm2/meta \\
+  --data DATA --text DATA/text/squad_contexts.txt --text DATA/text/books-19mb.txt --json > result.json
+python docs/make_evidence_absorption.py result.json
+```
+
+part by part and site by site (`--part`, `--saes`), {seconds:.0f} s in all on one thread, shared; seed {seed}.
+Brackets: 95 % bootstrap intervals, over words (letters), members (concepts) or countries (wordings). Every definition
+is in the docstrings of `mediation/absorbed/`; the tests plant a dictionary with known absorption, and one without, for
+each measure.
+"""
+LETTERS = """## 1. First letters, where the field began
+
+" word has the first letter:" after ten such lines; the model is right on {right} of {test} test words. Nothing below is
+measured on a word, or in a context, that probes, main latents or names were made from.
+
+{rates}
+
+*Carried at the word*: of the effect of exchanging the word for one with another letter, what the residual at the word
+carries; the figure says whether the site is early enough. *Main silent*: none of the letter's main latents is on though
+the probe reads the letter. *v1*: Chanin et al. 2024, with the ablation by integrated gradients; *v2*: SAEBench.
+{refused}
+Absorbed words with the largest attribution of one latent: {examples}.
+
+### The label-free flag against both definitions
+
+The flag asks of every word whether the meta-latents *named* after its letter act through latents that are not theirs,
+while theirs are silent; it knows neither probe nor main latents. Area under the ROC curve of the hidden share, and
+precision and recall of the flag, for each definition as the truth. Three rules say which latents are a meta-latent's
+own (its carriers); none was fitted.
+
+{flags}
+
+{verdict}
+"""
+CONCEPTS = """## 2. Beyond spelling
+
+{members}. Each half of a concept's members is judged with probe and own latents from the other half, in other
+contexts. *Present*: the probe reads the concept at the held-out word; under .6 of members no figure is given. *Used*:
+moving the word's residual to where the probe reads no concept halves the logit margin of the right answer, of words
+that are answered right{control}; "-": not measured at that site. *Silent*: all own latents off, of the words where the
+concept is present (and used). *Absorbed*: v2 full. *No own latent*: share of halves of concepts for which no latent
+speaks, left out of *silent*. Own latents with a low F1 on held-out members do not stand for the concept well in the
+first place.
+
+![Own latents silent]({plot})
+
+{sites}
+
+By concept, at some of the sites:
+
+{concepts}
+
+{verdict}
+
+### Width and sparsity
+
+{grid}
+"""
+GRID = """At {grid_site}, trained with the repository's trainer from one set of {tokens:,} activations ({epochs}
+epochs): small and undertrained beside the pack's dictionary (10 million tokens), as the variance explained says, and
+an undertrained dictionary may look free of absorption.
+
+{grid}"""
+NO_GRID = """Not measured yet: `mediation bench absorption --part concepts --text ...` trains dictionaries of 1,024 to
+8,192 latents with k 16 to 64 from one set of activations and puts them into this page; that run has not been made."""
+WORDINGS = """## 3. Sensitivity and coordination
+
+A country's capital or language asked in {n} wordings; only facts that the model gets right in both wordings of a pair.
+Of the latents on in one wording, *stay on*: the share on in the other. The rest are missing; of their values, *others*
+and *error* are what other latents and the error node put back along the missing latents' directions, *kept* both
+together. *By one*: missing latents of which a single other latent puts back .4 or more. Baseline: another country in
+the same words, where the latents ought to go missing.
+
+{table}
+
+{verdict}
+"""
+ANOMALIES = """## 4. Reverse check of anomalies
+
+Task: the capital of a country against another's. Of the {top} latents with the largest attribution (discovery pairs),
+*anomalous*: area under the ROC curve for task words, over {tokens:,} tokens of text with {task} task words, below
+{low}; *related*: {high} or more. *Shared*: the latent's strongest part is one that a related latent has as well (*by
+chance*: the mean share of its other parts that are). *Beyond controls*: taking that part out exactly, on other
+countries, moves the answer as the latent does, p <= .05 against 19 directions of the same amount. *Explained*: shared,
+beyond controls, and at least half of the latent's own effect.
+
+{table}
+
+{verdict}
+"""
+VERDICTS = {
+    "letters": """**The flag does not find absorbed letters.** With meta-latents, of any dictionary and under any rule,
+the area under the curve is at chance or below it; most of its few hits are misses. With the default rule hardly any
+named meta-latent has a carrier: nothing can then fall silent, the hidden share is 1 wherever the part's effect is
+positive, and the flag says "used", not "hidden". With the nearest rows as carriers even the probes' own directions,
+which know the letters, reach no more than .74; the meta-latents, which explain a quarter to a third of the rows'
+variance, likely leave the small letter part of an absorbing latent to the residual. Absorption itself is there by both
+definitions, early, and fades with depth; shares are over words, not averaged over letters.
+
+Sizes differ: block 8 was measured with 400 words and three rules, the other sites in an earlier run with 160 words and
+the default rule alone, without a meta-dictionary of the rows in use and its null.""",
+    "concepts": """Kinds of words (countries, months, numbers, professions, feelings) are hardly ever absorbed as
+wholes: their own latents are on nearly wherever the concept is, though another latent often carries a part
+(fraction). Finer concepts are another matter: early, own latents of a country's continent are silent in a third of
+the places where the probe reads it (Asia: up to .57), those of a word's gender in a sixth to a third at block 3.
+But there the own latents are poor on held-out members in the first place (own F1), so that silence is as much the
+lack of a latent as absorption, and v2 full finds half of it at block 3 and little of it later. Male names and nouns
+have no own latent at some sites. The languages of countries cannot be read well enough for a figure over all of
+them.""",
+    "wordings": """**What a wording silences is not taken over by other latents.** At the country's token, where the
+fact is the same and only words before it differ, .54 to .85 of the latents stay on. Of what is missing, other
+latents put back nothing on balance: those along the same directions fall with it. The error node keeps a quarter to
+a half (another country: about none, but at the last sites), as it does where a latent has just sunk under its
+threshold. A single latent takes over in 2 to 12 % of cases, at all but the last site less often than when the
+country itself is another one, so even those are no sign of coordination. At the last token "another country" is a
+weak baseline up to block 20: the country has hardly arrived there, and little changes.""",
+    "anomalies": """**No anomaly is explained by a shared part**, and no related latent either: 0 of all. With 512
+meta-latents, which explain a quarter of the rows' variance, strongest parts are hardly ever shared (no more than by
+chance), and carry a small share of the latent's own effect. The test of what is related is coarse, too: a latent
+for a single country fires on few of the task words, has an area near .5, and counts as anomalous here though it is
+not. At the last token effects are small. So this table shows how far the check is from working, not that anomalies
+have other reasons. Five evaluation pairs a latent.""",
+}
+
+
+def number(figure: Any) -> str:
+    value = figure["value"] if isinstance(figure, dict) else figure
+    if value is None:
+        return "-"
+    if isinstance(figure, dict) and figure["low"] is not None:
+        return f"{value:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+    return f"{value:.2f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """What is stored, with the given results over it; sites are joined by name, in the order of their blocks."""
+    stored = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        stored["model"] = result["model"]
+        for part in PARTS:
+            if part not in result:
+                continue
+            old = {site["site"]: site for site in stored.get(part, {}).get("sites", [])}
+            new = {site["site"]: site | {"seconds": result[part]["seconds"] / len(result[part]["sites"])}
+                   for site in result[part]["sites"]}  # fmt: skip
+            sites = sorted((old | new).values(), key=lambda site: int(site["site"].split(".")[1]))
+            stored[part] = result[part] | {"sites": sites}
+    STORE.parent.mkdir(exist_ok=True)
+    STORE.write_text(json.dumps(rounded(stored), indent=1) + "\n", encoding="utf-8")
+    return stored
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def short(site: str) -> str:
+    return f"block {site.split('.')[1]}"
+
+
+def letters(part: dict[str, Any]) -> str:
+    measured = [site for site in part["sites"] if "absorbed" in site]
+    refused = [f"{short(site['site'])}: {site['reason']}" for site in part["sites"] if "absorbed" not in site]
+    rates = table(
+        ["site", "carried at the word", "letters with a probe of F1 >= .6", "probe F1", "words",
+         "main latents a letter", "main silent", "v1", "v2 full", "v2 fraction"],
+        [[short(site["site"]), number(site["carried_at_word"]), str(site["valid_letters"]), number(site["probe_f1"]),
+          str(site["judged"]), number(site["main_latents"]), number(site["main_silent"]),
+          *(number(each) for each in site["absorbed"].values())] for site in measured],
+    )  # fmt: skip
+    rows = []
+    for site in measured:
+        for name, flag in site["flags"].items():
+            for rule, judged in flag["rules"].items():
+                truths = judged["against"]
+                cells = [number(truths[truth]["auc"]) for truth in ("v1", "v2 full")]
+                cells += [number(truths["v2 full"][key]) for key in ("precision", "recall")]
+                about = [str(flag.get("named_letters", "-")), str(judged["letters_with_carrier"])]
+                rows.append([short(site["site"]), name, rule, *about, number(judged["flagged"]), *cells])
+    flags = table(
+        ["site", "parts", "carriers", "letters named", "with carriers", "flagged", "AUC, v1", "AUC, v2 full",
+         "precision, v2 full", "recall, v2 full"], rows,
+    )  # fmt: skip
+    examples = ", ".join(
+        f"*{each['word']}* (latent {each['latent']}, {each['attribution']:.1f} logits, {short(site['site'])})"
+        for site in measured[:2]
+        for each in site["examples"][:4]
+    )
+    return LETTERS.format(
+        right=number(part["sites"][0]["spelt_right"]),
+        test=part["sites"][0]["words"]["test"],
+        rates=rates,
+        refused="".join(f"\nNo figure at {each}.\n" for each in refused),
+        examples=examples,
+        flags=flags,
+        verdict=VERDICTS["letters"],
+    )
+
+
+def family_rows(one: dict[str, Any], label: list[str]) -> list[list[str]]:
+    keys = ("present", "used", "silent", "silent_while_used", "absorbed_full", "absorbed_fraction")
+    return [
+        [*label, name, *(number(each["all"][key]) for key in keys), number(each["all"]["own_f1"]),
+         number(each["all"]["without_own"])] for name, each in one["families"].items()
+    ]  # fmt: skip
+
+
+FAMILY_HEAD = [
+    "family", "present", "used", "silent", "silent while used", "absorbed", "fraction", "own F1", "no own latent",
+]  # fmt: skip
+
+
+def concepts(part: dict[str, Any]) -> str:
+    name = "evidence-absorption-concepts.svg"
+    plot(part, DOCS / name)
+    sites, grid = part["sites"], part["grid"]
+    keys = ("present", "silent", "absorbed_full", "own_f1", "without_own")
+    by_concept = [
+        [family, concept, short(site["site"]), *(number(site["families"][family]["concepts"][concept][k]) for k in
+        keys)] for family, each in sites[0]["families"].items()
+        for concept in each["concepts"]
+        for site in sites[:: max(1, len(sites) // 3)]
+        if family != "kinds, in sentences"
+    ]
+    members = "; ".join(
+        f"{family}: {', '.join(f'{n} {concept}' for concept, n in each.items())}"
+        for family, each in part["members"].items()
+    )
+    controls = [
+        figures["all"]["control"]["value"]
+        for site in sites
+        for figures in site["families"].values()
+        if figures["all"]["control"]["value"] is not None
+    ]
+    span = "; **not measured in these runs**, so nothing here says that the concept was used"
+    if controls:
+        span = f" (a move of the same length between two other words: {min(controls):.2f} to {max(controls):.2f})"
+    by_site = [row for site in sites for row in family_rows(site, [short(site["site"])])]
+    return CONCEPTS.format(
+        members=members[:1].upper() + members[1:],
+        control=span,
+        plot=name,
+        sites=table(["site", *FAMILY_HEAD], by_site),
+        concepts=table(["family", "concept", "site", "present", "silent", "absorbed", "own F1", "no own"], by_concept),
+        verdict=VERDICTS["concepts"],
+        grid=trained(part) if grid else NO_GRID,
+    )
+
+
+def trained(part: dict[str, Any]) -> str:
+    """The grid's table, the pack's own dictionary of that site in the last lines."""
+    grid = part["grid"]
+    (pack,) = (site for site in part["sites"] if site["site"] == grid[0]["site"])
+    rows = []
+    for one in [*grid, pack | {"k": 48, "on_text": None}]:
+        text = one["on_text"]
+        label = [
+            f"{one['width']:,}",
+            str(one["k"]),
+            number(text and text["variance_explained"]),
+            number(one["on_these_words"]["variance_explained"]),
+            f"{one['on_these_words']['l0']:.0f}",
+        ]
+        rows += family_rows(one, label)
+    return GRID.format(
+        grid_site=short(pack["site"]),
+        tokens=part["settings"]["grid_tokens"],
+        epochs=part["settings"]["grid_epochs"],
+        grid=table(["latents", "k", "VE, text", "VE, words", "L0, words", *FAMILY_HEAD], rows),
+    )
+
+
+def plot(part: dict[str, Any], path: Path) -> None:
+    """Silent while present, by site; and by width and by sparsity."""
+    sites, grid = part["sites"], part["grid"]
+    wide = sorted((one for one in grid if one["k"] == 32), key=lambda one: one["width"])
+    sparse = sorted((one for one in grid if one["width"] == 2048), key=lambda one: one["k"])
+    panels = (
+        ([int(site["site"].split(".")[1]) for site in sites], sites, "block, pack's dictionaries"),
+        ([one["width"] for one in wide], wide, "latents, k 32"),
+        ([one["k"] for one in sparse], sparse, "k, 2,048 latents"),
+    )
+    panels = tuple(panel for panel in panels if panel[0])
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.5 + 3.5 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axis, (places, found, label) in zip(axes[0], panels, strict=True):
+        for color, family in enumerate(sites[0]["families"]):
+            figures = [one["families"][family]["all"]["silent"] for one in found]
+            kept = [(x, f) for x, f in zip(places, figures, strict=True) if f["value"] is not None]
+            axis.errorbar(
+                [x for x, _ in kept],
+                [f["value"] for _, f in kept],
+                yerr=[[f["value"] - f["low"] for _, f in kept], [f["high"] - f["value"] for _, f in kept]],
+                color=f"C{color}", marker="o", markersize=3, linewidth=1, capsize=2, label=family,
+            )  # fmt: skip
+        axis.set_xlabel(label)
+        if label.startswith(("latents", "k")):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [f"{place:,}" for place in places])
+    axes[0, 0].set_ylabel("own latents silent, concept present")
+    axes[0, 0].set_ylim(-0.02, 1)
+    axes[0, -1].legend(fontsize="x-small")
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
+def wordings(part: dict[str, Any]) -> str:
+    rows = []
+    for site in part["sites"]:
+        for place in ("country", "last token"):
+            for other, figures in site[place].items():
+                if figures["pairs"]:
+                    keys = ("sensitivity", "by_others", "by_error", "kept", "absorbed_by_one")
+                    cells = [number(figures[key]) for key in keys]
+                    counts = [str(figures["pairs"]), str(figures["countries"]), f"{figures['missing_per_pair']:.1f}"]
+                    rows.append([short(site["site"]), place, other, *counts, *cells])
+    head = ["site", "at", "B", "pairs", "countries", "missing a pair", "stay on", "others", "error", "kept", "by one"]
+    return WORDINGS.format(n=len(part["wordings"]), table=table(head, rows), verdict=VERDICTS["wordings"])
+
+
+def anomalies(part: dict[str, Any]) -> str:
+    rows = []
+    for site in part["sites"]:
+        for place in ("country", "last token"):
+            for kind in ("anomalous", "related"):
+                found = site[place][kind]
+                keys = ("latents", "decomposed", "shared", "beyond_controls")
+                counts = [str(found[key]) for key in keys]
+                cells = [number(found["shared_by_chance"]), number(found["explained"])]
+                rows.append([short(site["site"]), place, kind, *counts[:3], cells[0], counts[3], cells[1]])
+    head = ["site", "at", "kind", "latents", "decomposed", "shared", "by chance", "beyond controls", "explained"]
+    one = part["sites"][0]
+    return ANOMALIES.format(
+        top=32, tokens=one["text_tokens"], task=one["task_words"], low=".55", high=".60",
+        table=table(head, rows), verdict=VERDICTS["anomalies"],
+    )  # fmt: skip
+
+
+def main() -> None:
+    result = joined([Path(each) for each in sys.argv[1:]])
+    plt.rcParams["svg.hashsalt"] = "latent-mediation"
+    sections = {"letters": letters, "concepts": concepts, "wordings": wordings, "anomalies": anomalies}
+    measured = [part for part in PARTS if part in result]
+    seconds = sum(site["seconds"] for part in measured for site in result[part]["sites"])
+    text = HEAD.format(model=result["model"], seconds=seconds, seed=result[measured[0]]["settings"]["seed"])
+    text += "".join("\n" + sections[part](result[part]) for part in measured)
+    missing = [f"`{part}`" for part in PARTS if part not in result]
+    if missing:
+        text += f"\n## Not measured yet\n\nThe parts {' and '.join(missing)} of the benchmark are built and tested on "
+        text += "planted data, and have not been run on this model.\n"
+    (DOCS / "evidence-absorption.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The benchmark of absorption from end to end on a small model whose embeddings are planted: letters and concepts have
+axes of their own, and of every sixth word one latent has taken over its letter.
+
+SmolLM2 needs minutes; `mediation bench absorption` measures it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mediation.absorbed import anomalies, bench, coordination
+from mediation.absorbed.bench import SPELLING, AbsorptionSettings, run_absorption
+from mediation.absorbed.concepts import FAMILIES
+from mediation.absorbed.contexts import single_tokens
+from mediation.absorbed.coordination import WORDINGS, Worded
+from mediation.absorbed.letters import measure_letters, spell
+from mediation.absorbed.tables import tables
+from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
+from mediation.metalatents import MetaDictionary
+from mediation.realfacts.questions import countries
+from mediation.sites import Site
+from mediation.subject import SubjectModel
+from tests.mediation.test_absorbed import planted
+from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
+
+SITE = Site.parse("blocks.0.hook_resid_pre")  # x is the embedding there
+PER_LETTER, D = 60, 320
+SPELT = [f"{letter}{k}" for k in range(PER_LETTER) for letter in ascii_lowercase]
+ABSORBED = [word for word in SPELT if int(word[1:]) % 6 == 0]
+CLASSES = range(286, 290)
+CONCEPTS = range(290, 295)
+
+
+def vocabulary() -> list[str]:
+    entities = countries()
+    texts = [w.format("") for each in WORDINGS.values() for w in each]
+    texts += [text for f in FAMILIES for c in (*f.discovery, *f.evaluation) for text in (c.before, c.after)]
+    texts += [word for f in FAMILIES for c in f.concepts for word in (*c.members, c.answer)]
+    texts += [word for f in FAMILIES for word in f.others] + ["In", "has the first letter:"]
+    texts += [*entities.names, *(v for values in entities.values.values() for v in values if v)]
+    found = {word for text in texts for word in text.split()} | set(SPELT) | set(ascii_uppercase)
+    return [*WORDS[:4], *sorted(found - set(WORDS[:4]))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SubjectModel:
+    folder, words = tmp_path_factory.mktemp("planted"), vocabulary()
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.hidden_size, config.intermediate_size = len(words), D, D
+    config.head_dim, config.max_position_embeddings, config.initializer_range = D // 4, 256, 0.05
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    embedding = module.get_input_embeddings().weight.data
+    embedding[:, :295] = 0.0
+    at = {word: k for k, word in enumerate(words)}
+    for k, word in enumerate(SPELT):
+        embedding[at[word]] = 0.0
+        embedding[at[word], ascii_lowercase.index(word[0])] = 4.0
+        own = 26 + ABSORBED.index(word) if word in ABSORBED else CLASSES[k % len(CLASSES)]
+        embedding[at[word], own] = 3.0
+    for axis, concept in zip(CONCEPTS, FAMILIES[0].concepts, strict=True):
+        for word in concept.members:
+            embedding[at[word], axis] = 4.0
+    module.save_pretrained(folder)
+    tiny_tokenizer(words=words).save_pretrained(folder)
+    return SubjectModel.load(folder, device="cpu")
+
+
+def letters_dictionary(folder: Path, absorbed: bool) -> Dictionary:
+    """A latent for each letter and each absorbed word; absorbed or not, they say the same of every word."""
+    decoder, encoder, bias = torch.eye(D)[:295], torch.eye(D)[:295].clone(), torch.zeros(295)
+    for k, word in enumerate(ABSORBED):
+        letter = ascii_lowercase.index(word[0])
+        if absorbed:
+            encoder[letter, 26 + k] = -4 / 3
+            decoder[26 + k] = 0.6 * torch.eye(D)[letter] + 0.8 * torch.eye(D)[26 + k]
+            encoder[26 + k, letter], encoder[26 + k, 26 + k], bias[26 + k] = 1.0, 4 / 3, -4.0
+    return planted(folder, encoder, decoder, bias, SITE)
+
+
+def nothing(rows: Tensor) -> dict[str, MetaDictionary]:
+    return {}
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_absorbed_letters_are_found_and_no_others(model: SubjectModel, tmp_path: Path, absorbed: bool) -> None:
+    dictionary = letters_dictionary(tmp_path / "sae", absorbed)
+    spelling = spell(model, [(word, word[0]) for word in SPELT], [SITE], per_letter=PER_LETTER)
+    assert not set(spelling.train.words) & set(spelling.test.words)
+    found = measure_letters(dictionary, spelling, nothing, judged=10_000)
+    assert found["valid_letters"] == 26
+    assert found["judged"] == len(spelling.test.words)  # the probe gets all of them right
+    truth = sum(word in ABSORBED for word in spelling.test.words) / len(spelling.test.words)
+    assert 0.1 < truth < 0.25
+    expected = truth if absorbed else 0.0
+    assert found["main_silent"]["value"] == pytest.approx(expected)
+    assert found["absorbed"]["v2 full"]["value"] == pytest.approx(expected)
+    assert found["absorbed"]["v2 fraction"]["value"] == pytest.approx(expected)
+    assert found["absorbed"]["v1"]["value"] <= expected  # the model was not trained to spell: few effects are a logit
+
+
+def test_where_letters_cannot_be_read_there_is_no_figure(model: SubjectModel, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = [(word, rng.choice(ascii_lowercase)) for word in SPELT]
+    spelling = spell(model, words, [SITE], per_letter=PER_LETTER)
+    found = measure_letters(letters_dictionary(tmp_path / "sae", False), spelling, nothing, judged=20)
+    assert "20 are needed" in found["reason"]
+    assert "absorbed" not in found
+
+
+def all_right(ask: Callable[..., Worded]) -> Callable[..., Worded]:
+    def asked(*args: Any) -> Worded:
+        worded = ask(*args)
+        worded.right = worded.answers >= 0
+        return worded
+
+    return asked
+
+
+def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (coordination, anomalies):
+        monkeypatch.setattr(module, "ask_wording", all_right(coordination.ask_wording))
+    rng = random.Random(0)
+    words = vocabulary()[4:]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(rng.choices(words, k=40)) for _ in range(400)))
+    (tmp_path / "data" / SPELLING.parent).mkdir(parents=True)
+    rows = [json.dumps({"word": word, "first": word[0]}) for word in SPELT]
+    (tmp_path / "data" / SPELLING).write_text("\n".join(rows))
+    dictionary = letters_dictionary(tmp_path / "sae", True)
+    meta = MetaDictionary.train(dictionary.decoder, width=64, k=2, steps=20, restarts=1)
+    settings = AbsorptionSettings(
+        per_letter=30, judged=20, wordings=2, text_tokens=3_000, grid=((64, 8), (128, 8)), grid_tokens=3_000,
+        grid_epochs=4, meta=(64, 2, 20),
+    )  # fmt: skip
+    given: dict[str, Any] = {"data": tmp_path / "data", "texts": [text], "settings": settings}
+    found = run_absorption(model, [dictionary], {dictionary.name: meta}, **given)
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert [table.title for table in tables(again)]
+    (letters,) = found["letters"]["sites"]
+    assert set(letters["flags"]) >= {"meta-dictionary of rows in use", "probe directions"}
+    (concepts,) = found["concepts"]["sites"]
+    kinds = concepts["families"]["kinds, in sentences"]
+    assert kinds["all"]["present"]["value"] > 0.95  # their axis is in the embedding, and held-out members have it
+    assert kinds["all"]["silent"]["value"] == 0  # and the dictionary has a latent for it
+    assert [each["width"] for each in found["concepts"]["grid"]] == [64, 128]
+    (wordings,) = found["wordings"]["sites"]
+    # At the embedding a country reads the same in any wording: there is no pair whose latents could differ.
+    assert wordings["country"]["same fact"] == {"pairs": 0}
+    assert wordings["country"]["another country"]["pairs"] > 50
+    (odd,) = found["anomalies"]["sites"]
+    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= anomalies.TOP
+    with pytest.raises(MediationError, match="need --text"):
+        run_absorption(model, [dictionary], {}, **given | {"texts": []})
+    with pytest.raises(MediationError, match="no part 'letter'"):
+        AbsorptionSettings(parts=("letter",))
+    assert bench.quick_settings(0, bench.PARTS).judged < settings.per_letter
+
+
+def test_single_tokens(model: SubjectModel) -> None:
+    assert set(single_tokens(model, ["a0", "a0 a1"])) == {"a0"}
