@@ -2,8 +2,8 @@
 
 1. For every seed and every world that the families need: make the organism (`organisms`), check it causally. One that
    fails is reported and not scored.
-2. Score each family that it serves (`scores`), and write all to `WORK/WORLD-SEED.json` in one rename. What is there is
-   not made again, so a killed run goes on and seeds can be added. Weights are not kept.
+2. Score each family that it serves (`scores`). Model and scores are kept in `WORK/WORLD-SEED/`, a file for each family
+   in one rename. What is there is not made again, so a killed run goes on and seeds can be added.
 3. Sum up over seeds: mean and percentile bootstrap interval over seeds of every figure, each seed's included; the area
    under the ROC curve and the precision at 5 % false positives, of hidden use (shaped, mixed, correlated, twins, two,
    flatterer) against facts not used in the same prompts, the null prompts and the overt ones. A twin is a claim of a
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,28 +88,26 @@ def _organism(
     work: Path, name: str, seed: int, size: Size, families: list[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Steps 1 and 2."""
-    file = work / f"{name.replace(' ', '-')}-{seed}.json"
-    kept = _read(file, size)
-    if kept is not None and (not kept["check"]["passed"] or set(families) <= set(kept["families"])):
-        return kept
-    families = [family for family, served in SERVED_BY.items() if name in served]  # the organism is made once
-    started = time.perf_counter()
+    folder = work / f"{name.replace(' ', '-')}-{seed}"
     world = make_world(name, seed, size)
-    say("training")
-    made = train(world, lambda done, of: say(f"training, step {done} of {of}"))
-    check = causal_check(world, made)
-    result = {
-        "world": name, "seed": seed, "format": FORMAT, "size": vars(size), "check": check,
-        "train_seconds": round(time.perf_counter() - started, 1), "families": {},
-    }  # fmt: skip
-    if check["passed"]:
-        with tempfile.TemporaryDirectory() as folder:
-            result["families"], result["dictionaries"] = _scores(world, made, families, Path(folder), say)
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(partial, file)
-    return result
+    result = _read(folder / "organism.json", size)
+    if result is None:
+        folder.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        made = train(world, lambda done, of: say(f"training, step {done} of {of}"))
+        made.save(folder / "model")
+        result = {
+            "world": name, "seed": seed, "check": causal_check(world, made),
+            "seconds": round(time.perf_counter() - started, 1), "commit": _commit(),
+        }  # fmt: skip
+        _write(folder / "organism.json", result, size)
+    scored = {family: _read(folder / f"{family}.json", size) for family in families}
+    missing = [family for family, found in scored.items() if found is None]
+    if missing and result["check"]["passed"]:
+        for family, found in _scores(world, folder / "model", missing, say):
+            scored[family] = found
+            _write(folder / f"{family}.json", found, size)
+    return result | {"families": {family: found for family, found in scored.items() if found is not None}}
 
 
 def _read(file: Path, size: Size) -> dict[str, Any] | None:
@@ -120,38 +120,49 @@ def _read(file: Path, size: Size) -> dict[str, Any] | None:
         raise MediationError(f"{file} is not an organism's file; delete it or choose another --work.") from error
     if not same:
         raise MediationError(f"{file} was made with other settings; delete it or choose another --work.")
-    return kept
+    return kept["result"]
+
+
+def _write(file: Path, result: dict[str, Any], size: Size) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"format": FORMAT, "size": vars(size), "result": result}) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _commit() -> str | None:
+    """Of the code, where it runs from a git checkout."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _scores(
-    world: World, made: Trained, families: list[str], folder: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = activations(world, made)
+    world: World, folder: Path, families: list[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each family's scores, as they come."""
     say("dictionaries")
-    made.model.save_pretrained(folder / "model")
-    made.tokenizer.save_pretrained(folder / "model")
-    dictionaries = train_dictionaries(world, found, folder, wide="overt" in families)
+    found = activations(world, Trained.load(folder, world))
+    with tempfile.TemporaryDirectory() as scratch:
+        dictionaries = train_dictionaries(world, found, Path(scratch), wide="overt" in families)
     meta = train_meta(dictionaries["narrow"], found, world.seed)
-    model = SubjectModel.load(folder / "model", device="cpu")
-    results = {}
+    model = SubjectModel.load(folder, device="cpu")
     for family in families:
         dictionary = dictionaries["wide" if family == "overt" else "narrow"]
-        rows = prompt_rows(world, family, world.seed)
-        done = iter(range(1, 10**6))
+        started, done = time.perf_counter(), count(1)
+        scored = score(
+            Subject(model, world, dictionary, meta, found),
+            prompt_rows(world, family, world.seed),
+            FactSettings(seed=world.seed),
+            lambda family=family, done=done: say(f"{family}, prompt {next(done)}"),
+            compare=family in COMPARED_IN,
+            calibrate=family == "null",
+        )
+        seconds = round(time.perf_counter() - started, 1)
+        about = {"latents_on": _latents_on(dictionary.encode(found.x)), "meta_latents": meta.d_meta}
+        yield family, scored | about | {"seconds": seconds, "commit": _commit()}
 
-        def tick(family: str = family, done: Iterable[int] = done) -> None:
-            say(f"{family}, prompt {next(iter(done))}")
 
-        results[family] = score(
-            Subject(model, world, dictionary, meta, found), rows, FactSettings(seed=world.seed), tick,
-            compare=family in COMPARED_IN, calibrate=family == "null",
-        )  # fmt: skip
-    about = {name: _about(each.encode(found.x)) for name, each in dictionaries.items()}
-    values = [len(each) for each in world.attributes.values()]
-    return results, {"latents_on": about, "meta_latents": meta.d_meta, "values": values}
-
-
-def _about(latents: torch.Tensor) -> float:
+def _latents_on(latents: torch.Tensor) -> float:
     return float((latents != 0).float().sum(dim=1).mean())
 
 

@@ -3,18 +3,19 @@
 1. Model: three blocks. A subject's token is embedded as the sum of a random direction for each of its facts, of norms
    exp(N(0, NORM_SPREAD)), and noise of NOISE times the sum's mean norm: the organism is *made*, so that facts are
    nearly linear where a subject is first seen. All else is random at first, and everything is trained.
-2. Training: replies to claims about the subjects trained on, and recall ("Person12 has city :" -> city3) of everybody,
+2. Training: replies to claims about the subjects trained on, and recall ("Person12 has city" -> city3) of everybody,
    so that all facts are known and of use. Cross entropy at the end; blocks by Muon (Jordan et al. 2024), all else by
    AdamW, embeddings slowly; the rate falls linearly.
 3. Causal check, on held-out subjects: a base and its variant differ in one attribute. Where that turns the right reply,
    the model's must turn (`follows`); where the claim's rule does not name the attribute, it must not (`moves`).
    Passed: FOLLOWS and MOVES. For a twin, how often replies are right
    where both rules agree, and where they do not, is reported.
-4. Dictionaries, after block 0. `narrow`: TopK, one latent a token, rows begin at the mean activation of a subject's
-   token: facts are absorbed into the subject's latent. `wide` (family overt): TopK with a latent for each fact, begun
-   at the mean activation of those who have it and trained, as many on a token as there are attributes: each fact has a
-   carrier that fires.
-5. Meta-dictionary: factored (mediation.factored), on the narrow dictionary's rows.
+4. Dictionaries, at the embeddings: later sites will not do, for block 0 takes facts from the subject's token to the
+   claim's and makes a reply of them there. `narrow`: TopK, one latent a token, rows begin at the mean activation of a
+   subject's token: facts are absorbed into the subject's latent. `wide` (family overt): TopK with a latent for each
+   fact, begun at the mean activation of those who have it and trained, as many on a token as there are attributes:
+   each fact has a carrier that fires.
+5. Meta-dictionary: factored (mediation.factored), on META_ROWS of the narrow dictionary's rows that fire at subjects.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from mediation.sites import Site, Stream
 from mediation.training.activations import shuffled_batches
 from mediation.training.saes import SAESettings, train_sae
 
-SITE = Site(1, Stream.RESID_PRE)
+SITE = Site(0, Stream.RESID_PRE)
 WIDTH, NEURONS, BLOCKS, HEADS = 96, 192, 3, 4
 NOISE, NORM_SPREAD = 0.2, 0.3
-REPLIES, RECALLS = 384, 128  # prompts of a step
+REPLIES, RECALLS = 256, 64  # prompts of a step
 FOLLOWS, MOVES = 0.95, 0.05  # what the causal check asks for
-SAE_STEPS, SAE_BATCH = 150, 512
+SAE_STEPS, SAE_BATCH = 100, 512
+META_ROWS = 320  # more make it slower in proportion
 BOS, UNKNOWN = "<bos>", "<unk>"
 
 Progress = Callable[[int, int], None]
@@ -72,6 +74,14 @@ class Trained:
         tokens = self.ids([world.text(subject, claim) for subject, claim in asked])
         logits = torch.cat([self.logits(part) for part in tokens.split(2048)])
         return logits[:, yes] > logits[:, no]
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path, world: World) -> Trained:
+        return cls(LlamaForCausalLM.from_pretrained(folder).eval(), make_tokenizer(world))
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -146,7 +156,7 @@ def _model(world: World, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n and p.requires_grad]
     inside = {*map(id, matrices), id(model.get_input_embeddings().weight)}
     others = [p for p in model.parameters() if id(p) not in inside]
     slow = {"params": [model.get_input_embeddings().weight], "lr": 3e-4, "weight_decay": 0.0}
@@ -243,6 +253,7 @@ def train_dictionaries(world: World, found: Activations, folder: Path, *, wide: 
 
 
 def train_meta(dictionary: Dictionary, found: Activations, seed: int) -> MetaDictionary:
-    """Step 5, on the rows of the latents that fire at subjects' tokens."""
-    used = (dictionary.encode(found.x) != 0).any(dim=0)
-    return train_factored(dictionary.decoder[used], seed=seed, base_hash=dictionary.content_hash)
+    """Step 5."""
+    used = (dictionary.encode(found.x) != 0).any(dim=0).nonzero().squeeze(1)
+    chosen = used[torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))[:META_ROWS]]
+    return train_factored(dictionary.decoder[chosen], seed=seed, base_hash=dictionary.content_hash)

@@ -47,17 +47,17 @@ _PLACES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of each place that are trained on, and training's steps; held-out groups; claims of one attribute, per
-    attribute; prompts' subjects."""
+    """Tokens of each place that are trained on, and training's steps; held-out groups; claims of two
+    attributes, and of none; prompts' subjects."""
 
     trained: int = 768
-    steps: int = 400
+    steps: int = 250
     groups: int = 16
-    claims: int = 2
+    claims: int = 4
     subjects: int = 16
 
 
-QUICK = Size(trained=384, steps=200, groups=8, claims=1, subjects=8)
+QUICK = Size(trained=384, steps=200, groups=8, claims=2, subjects=8)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class World:
 
     def text(self, subject: Subject, claim: Claim) -> str:
         if len(subject) == 1:
-            return f"{subject[0]} on {claim.word} :"
-        return f"user with {subject[0]} and {subject[1]} on {claim.word} :"
+            return f"{subject[0]} on {claim.word}"
+        return f"user with {subject[0]} and {subject[1]} on {claim.word}"
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class World:
         return (1,) if len(self.bases[0]) == 1 else (3, 5)
 
     def recall(self, token: str, attribute: str) -> str:
-        return f"{token} has {attribute} :"
+        return f"{token} has {attribute}"
 
     @property
     def held_out(self) -> tuple[Subject, ...]:
@@ -121,7 +121,7 @@ class World:
 
     def words(self) -> list[str]:
         values = [value for each in self.attributes.values() for value in each]
-        fixed = [*"on has : user with and yes no".split(), *self.attributes]
+        fixed = [*"on has user with and yes no".split(), *self.attributes]
         return [*fixed, *values, *(claim.word for claim in self.claims), *self.facts]
 
 
@@ -195,14 +195,12 @@ def _claims(
         return frozenset(rng.sample(attributes[attribute], len(attributes[attribute]) // 2))
 
     names = list(attributes)
-    rules: list[tuple[dict[str, frozenset[str]], bool]] = [
-        ({name: half(name)}, True) for _ in range(size.claims) for name in names
-    ]
+    rules: list[tuple[dict[str, frozenset[str]], bool]] = [({name: half(name)}, True) for name in names]
     if kind == "people":
-        for number in range(2 * size.claims):
+        for number in range(size.claims):
             first, second = rng.sample(names, 2)
             rules.append(({first: half(first), second: half(second)}, number % 2 == 0))
-        rules += [({}, number % 2 == 0) for number in range(2 * size.claims)]
+        rules += [({}, number % 2 == 0) for number in range(size.claims)]
     claims = tuple(Claim(f"claim{number}", *rule) for number, rule in enumerate(rules))
     if kind != "twin":
         return claims, claims

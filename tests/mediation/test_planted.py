@@ -32,8 +32,6 @@ def test_variants_differ_in_one_attribute_and_nobody_held_out_is_trained_on(worl
         assert sum(a != b for a, b in zip(base, variant, strict=True)) == 1
         assert not known & {*base, *variant}
     assert {len(world.of(subject)) for subject in world.trained} == {len(world.attributes)}
-    assert all(len(world.text(s, world.claims[0]).split()) == len(set(world.positions)) + 3 + 3 * (len(s) - 1)
-               for s in world.held_out)  # fmt: skip
     for subject in world.held_out:
         text = ["<bos>", *world.text(subject, world.claims[0]).split()]
         assert tuple(text[at] for at in world.positions) == subject
@@ -175,10 +173,11 @@ def test_what_cannot_be_benched_is_refused(tmp_path: Path) -> None:
     assert (list(seed_range("100-102")), list(seed_range("7"))) == ([100, 101, 102], [7])
     with pytest.raises(MediationError, match="no seed in that range"):
         bench(["mixed"], seed_range("3-2"), tmp_path)
-    (tmp_path / "mixed-0.json").write_text("{}")
+    (tmp_path / "mixed-0").mkdir()
+    (tmp_path / "mixed-0" / "organism.json").write_text("{}")
     with pytest.raises(MediationError, match="not an organism's file"):
         bench(["mixed"], [0], tmp_path)
-    (tmp_path / "mixed-0.json").write_text(json.dumps({"format": planted.FORMAT, "size": {}}))
+    (tmp_path / "mixed-0" / "organism.json").write_text(json.dumps({"format": planted.FORMAT, "size": {}}))
     with pytest.raises(MediationError, match="other settings"):
         bench(["mixed"], [0], tmp_path)
 
