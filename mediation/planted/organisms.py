@@ -43,7 +43,7 @@ from mediation.training.saes import SAESettings, train_sae
 SITE = Site(0, Stream.RESID_PRE)
 WIDTH, NEURONS, BLOCKS, HEADS = 96, 192, 3, 4
 NOISE, NORM_SPREAD = 0.2, 0.3
-REPLIES, RECALLS = 256, 64  # prompts of a step
+REPLIES, RECALLS = 128, 32  # prompts of a step
 FOLLOWS, MOVES = 0.95, 0.05  # what the causal check asks for
 SAE_STEPS, SAE_BATCH = 100, 512
 META_ROWS = 320  # more make it slower in proportion

@@ -51,7 +51,7 @@ class Size:
     attributes, and of none; prompts' subjects."""
 
     trained: int = 768
-    steps: int = 250
+    steps: int = 300
     groups: int = 16
     claims: int = 4
     subjects: int = 16
