@@ -148,12 +148,12 @@ def make_world(name: str, seed: int, size: Size | None = None) -> World:
         known.append(tokens[:n])
         variants.append([])
         for group in range(size.groups):
-            base = tokens[n - size.groups + group]
+            origin = facts[tokens[n - size.groups + group]]
             of_group = {}
             for attribute in mine:
-                other = rng.choice([v for v in attributes[attribute] if v != facts[base][attribute]])
+                other = rng.choice([v for v in attributes[attribute] if v != origin[attribute]])
                 token = tokens[n + group * len(mine) + mine.index(attribute)]
-                facts[token] = facts[base] | {attribute: other}
+                facts[token] = origin | {attribute: other}
                 of_group[attribute] = token
             variants[-1].append(of_group)
     subjects = [tuple(tokens[i] for tokens in known) for i in range(len(known[0]))]
@@ -161,7 +161,7 @@ def make_world(name: str, seed: int, size: Size | None = None) -> World:
     if len(places) > 1:  # any two things can belong to one user
         trained = [tuple(rng.choice(tokens[: size.trained]) for tokens in known) for _ in range(4 * size.trained)]
     bases = subjects[size.trained :]
-    apart = []
+    apart: list[tuple[Subject, Subject, str]] = []
     for group, base in enumerate(bases):
         for place, of_place in enumerate(variants):
             for attribute, token in of_place[group].items():
