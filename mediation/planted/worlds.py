@@ -57,7 +57,7 @@ class Size:
     subjects: int = 16
 
 
-QUICK = Size(trained=384, steps=200, groups=8, claims=2, subjects=8)
+QUICK = Size(trained=768, steps=250, groups=8, claims=2, subjects=8)
 
 
 @dataclass(frozen=True)
