@@ -150,13 +150,12 @@ def made(result: dict[str, Any]) -> str:
             return f"{min(values):.3f} to {max(values):.3f}"
 
         seconds = np.mean([each["seconds"] for each in mine])
-        training = np.mean([each["train_seconds"] for each in mine])
         rows.append(
             [world, f"{len(passed)} of {len(mine)}", span("replies_right"), span("follows"), span("moves"),
-             f"{training:.0f} / {seconds:.0f}"]
+             f"{seconds:.0f}"]
         )  # fmt: skip
     return table(
-        ["organism", "passed", "replies right", "flips with the fact", "flips with another", "seconds: training / all"],
+        ["organism", "passed", "replies right", "flips with the fact", "flips with another", "seconds of training"],
         rows,
     )
 
