@@ -19,10 +19,11 @@ TEXT = """# Planted facts: is the fact that a flag names the fact that was used?
 Small models are trained in worlds where it is known which fact decides a reply. The method is shown prompts and a
 dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
 Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
-`scores.py` (every figure), `mediation/removal.py` (the test). Seeds {seeds} were looked at once, after the method
-was fixed (code of {commit}); seeds below 10 were developed on. **{n_seeds} seeds are fewer than the 10 that were
-planned**; an interval over so few is a rough guide. Figures are means over seeds [95 % bootstrap interval over
-seeds]. Made by, and more seeds come from,
+`scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
+method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
+planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
+Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had been
+seen; that organism was discarded. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families come from,
 
 ```bash
 mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json
@@ -55,8 +56,8 @@ scored.
 Held-out subjects, whose names no label was made from. *attribute*: the strongest part is named by the attribute
 that decides; *value*: the strongest part that the subject has more of is named by its own value; *1 / rank* of the
 first part named by the attribute; *no name*: the strongest part has none. In `two` any of the two attributes counts
-as right; both are the two strongest kinds in {both}. In `twins`, the verdict for a model and a claim, by the kind
-that is strongest in most prompts: right in {twins}.
+as right, and *both* are the two strongest kinds in {both}. In `twins`, the verdict for a model and a claim, by the
+kind that is strongest in most prompts, is right in {twins}.
 
 {naming}
 
@@ -90,11 +91,7 @@ null prompts and the overt facts are among those not used as hidden. Precision a
 
 ## Is the test valid?
 
-In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of them at
-most .05; Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of {null_tests} tests had
-q at most .05.
-
-![p-values of facts that are not used](evidence-planted-p.svg)
+{null}
 
 In simulated linear models (`tests/mediation/test_removal.py`, {simulated_controls} controls,
 {simulated_runs} runs) the p-values of {simulated_tests} tests of facts that are not used, without nomination:
@@ -107,6 +104,11 @@ Tried before, in such simulations: the sign of the total effect as direction, wi
 .11 to .15 of null tests at p at most .05. Half of the controls from the span of the dictionary's rows, which hold
 the tested fact too: with 199 controls .26 of used facts were found (60 runs), with 999 .78 to .87 (12 runs).
 """
+NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
+them at most .05; Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of {null_tests} tests
+had q at most .05.
+
+![p-values of facts that are not used](evidence-planted-p.svg)"""
 FAMILIES = {
     "shaped": "attributes of 8 to 16 values",
     "mixed": "2, 2, 4, 8 and 16 values",
@@ -234,7 +236,7 @@ def main() -> None:
     seeds = result["seeds"]
     filled = TEXT.format(
         commit=", ".join(sorted({str(each["commit"])[:12] for each in result["organisms"]})),
-        seeds=f"{seeds[0]} to {seeds[-1]}",
+        seeds=", ".join(map(str, seeds)),
         seeds_option=f"{seeds[0]}-{seeds[-1]}",
         n_seeds=len(seeds),
         families=table(["family", "what it is", "organisms that passed"],
@@ -247,13 +249,18 @@ def main() -> None:
         switch=table(["family", "part changes, both right", "top latent the same"],
                      rows(families, compared, "switch.parts_switch", "switch.latent_stays")),
         roc=table(["family", "used", "not used", "area", "precision", "recall"], roc),
-        twins=shown(families.get("twins", {}), "naming.claims"),
-        both=shown(families.get("two", {}), "naming.both"),
-        p_tests=len(p),
-        p_small=number(float((p <= 0.05).mean()) if len(p) else None),
-        p_uniform=number(float(stats.kstest(p, "uniform").pvalue) if len(p) else None),
-        null_tests=null["tests"],
-        null_flagged=null["q_flagged"],
+        twins=shown(families.get("twins", {}), "naming.claims").replace("-", "(not run)", 1),
+        both=shown(families.get("two", {}), "naming.both").replace("-", "(not run)", 1),
+        null=NULL.format(
+            p_tests=len(p),
+            p_small=number(float((p <= 0.05).mean())),
+            p_uniform=number(float(stats.kstest(p, "uniform").pvalue)),
+            null_tests=null["tests"],
+            null_flagged=null["q_flagged"],
+        )
+        if len(p)
+        else "The null family has not been run yet: there is no figure from a trained model.",
+        missing=", ".join(name for name in FAMILIES if name not in scored) or "none",
         **{name: f"{value:.2g}" if isinstance(value, float) else value for name, value in simulated.items()},
     )  # fmt: skip
     (DOCS / "evidence-planted.md").write_text(filled.rstrip() + "\n", encoding="utf-8")
