@@ -22,8 +22,9 @@ Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, c
 `scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
 method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
 planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
-Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had been
-seen; that organism was discarded. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families come from,
+Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
+been seen; that organism was discarded. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by,
+and more seeds and families come from,
 
 ```bash
 mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json

@@ -70,7 +70,7 @@ class Trained:
     @torch.no_grad()
     def replies(self, world: World, asked: list[tuple[Subject, Claim]]) -> Tensor:
         """Whether the model says yes rather than no, bool [n]."""
-        yes, no = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
+        yes, no = (self.tokenizer.get_vocab()[word] for word in ("yes", "no"))
         tokens = self.ids([world.text(subject, claim) for subject, claim in asked])
         logits = torch.cat([self.logits(part) for part in tokens.split(2048)])
         return logits[:, yes] > logits[:, no]
@@ -102,7 +102,7 @@ def train(world: World, progress: Progress = lambda done, of: None) -> Trained:
     made = Trained(_model(world, tokenizer), tokenizer)
     asked = [(subject, claim) for subject in world.trained for claim in world.claims]
     tokens = made.ids([world.text(*each) for each in asked])
-    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    yes, no = (tokenizer.get_vocab()[word] for word in ("yes", "no"))
     answers = torch.tensor([yes if claim.reply(world.of(subject)) else no for subject, claim in asked])
     recalled = [(token, name, value) for token, facts in world.facts.items() for name, value in facts.items()]
     recalls = made.ids([world.recall(token, name) for token, name, _ in recalled])
@@ -140,7 +140,7 @@ def _model(world: World, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(world.seed)
-        module = LlamaForCausalLM(config)
+        module: Any = LlamaForCausalLM(config)
         norms = {name: float((NORM_SPREAD * torch.randn(())).exp()) for name in world.attributes}
         direction = {
             value: norms[name] * normalize(torch.randn(WIDTH), dim=0)
@@ -159,9 +159,10 @@ def _optimizers(model: LlamaForCausalLM) -> list[Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n and p.requires_grad]
     inside = {*map(id, matrices), id(model.get_input_embeddings().weight)}
     others = [p for p in model.parameters() if id(p) not in inside]
-    slow = {"params": [model.get_input_embeddings().weight], "lr": 3e-4, "weight_decay": 0.0}
+    slow: dict[str, Any] = {"params": [model.get_input_embeddings().weight], "lr": 3e-4, "weight_decay": 0.0}
+    fast: dict[str, Any] = {"params": others}
     return [
-        AdamW([{"params": others}, slow], lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
+        AdamW([fast, slow], lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
         Muon(matrices, lr=0.03, weight_decay=0.1, momentum=0.95),
     ]
 
