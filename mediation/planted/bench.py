@@ -149,11 +149,15 @@ def _scores(
     for family in families:
         dictionary = dictionaries["wide" if family == "overt" else "narrow"]
         started, done = time.perf_counter(), count(1)
+
+        def tick(family: str = family, done: Iterator[int] = done) -> None:
+            say(f"{family}, prompt {next(done)}")
+
         scored = score(
             Subject(model, world, dictionary, meta, found),
             prompt_rows(world, family, world.seed),
             FactSettings(seed=world.seed),
-            lambda family=family, done=done: say(f"{family}, prompt {next(done)}"),
+            tick,
             compare=family in COMPARED_IN,
             calibrate=family == "null",
         )
