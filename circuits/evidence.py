@@ -310,8 +310,8 @@ def split_of(run: Run) -> tuple[str, Path]:
 def fact_rows(run: Run) -> pl.DataFrame:
     """Every fact that was tested on a prompt, smallest q first: the rows of `flags`, with the list `controls`.
 
-    removal: what the behaviour loses without the fact's part; controls: what it loses without each control's, in the
-    direction of the total effect; swap: what it loses when the counterpart's fact stands in.
+    removal: what the behaviour loses without the fact's part; controls: how far each control moves it, without its
+    sign; swap: what it loses when the counterpart's fact stands in.
     """
     rows, keys = run.read("flags").drop_nulls("removal"), ["prompt", "meta"]
     rows = rows.join(run.read("controls"), on=keys, how="left", maintain_order="left")

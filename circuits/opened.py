@@ -232,12 +232,12 @@ class OpenedRun:
         """Every test behind the flags, smallest q first: group, kind, prompts, removal, controls, swap_follows, p, q,
         flagged.
 
-        removal: mean over the test's prompts, in the direction of the total effect. controls: the means of its matched
-        controls alike; p is one more than how many of them reach the removal, over one more than their number.
+        removal: how far it moves the behaviour, without its sign, mean over the test's prompts. controls: the same of
+        its matched controls; p is one more than how many of them reach the removal, over one more than their number.
         swap_follows, flagged: in how many of the prompts.
         """
         rows = []
-        table = fact_rows(self.run).with_columns(removal=pl.col("removal") * pl.col("total_effect").sign())
+        table = fact_rows(self.run).with_columns(pl.col("removal").abs())
         for (group, kind), here in table.group_by("group", "kind", maintain_order=True):
             rows.append(
                 {

@@ -190,7 +190,7 @@ def removal(run: OpenedRun, group: str | None = None, kind: str | None = None, *
     ax.hist(test["controls"], bins=20, color=PLAIN, label=f"{len(test['controls'])} matched controls")
     ax.axvline(test["removal"], color=UP, linewidth=2.5, label=f"{_cut(test['kind'], 40)} removed")
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_xlabel("what the behaviour loses, in the direction of the total effect")
+    ax.set_xlabel("how far the behaviour moves, mean size over the test's prompts")
     ax.set_ylabel("controls")
     ax.set_title(
         f"{_cut(test['group'], 40)}: {_cut(test['kind'], 40)}, {test['prompts']} prompts, p {test['p']:.3g}, "

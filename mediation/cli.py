@@ -169,7 +169,7 @@ def contrast(
 def flag(
     run: Annotated[Path, typer.Argument(help="Folder that a trace wrote.")],
     meta: Annotated[Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")],
-    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 199,
+    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 399,
     parts: Annotated[int, typer.Option(min=1, help="Meta-latents in each prompt's Shapley split.")] = 8,
     alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,
     seed: Seed = 0,
@@ -270,17 +270,28 @@ def saes(
     _finish(training.saes_command(model, sites, corpus, out, chosen, device, allow_download, quiet=as_json), as_json)
 
 
-@bench.command(epilog="Example: mediation bench planted --organism organisms/7 --json")
+@bench.command(epilog="Example: mediation bench planted --seeds 100-102 --work runs/planted --json")
 def planted(
-    organism: Annotated[Path, typer.Option(help="Folder that `mediation organism` made.")],
-    prompts: Annotated[int, typer.Option(help="Opinion prompts of held-out people that are scored.")] = 300,
+    families: Annotated[str, typer.Option(help="Families of organisms, by commas; or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds of the organisms, FIRST-LAST.")] = "0-2",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder that keeps each organism's scores; the same command goes on there.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest worlds.")] = False,
+    organism: Annotated[
+        Path | None, typer.Option(help="Score this folder, which `mediation organism` made, and nothing else.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="With --organism: opinion prompts that are scored.")] = 300,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Is the fact behind each opinion named right? On held-out people, against baselines."""
+    """Is the fact behind a reply named right, flagged and proven? On organisms made here, against baselines."""
     commands = _commands()
 
-    _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
+    if organism is not None:
+        _finish(commands.planted_command(organism, prompts, seed, quiet=as_json), as_json)
+    else:
+        _finish(commands.bench_planted_command(families, seeds, work, quick=quick, quiet=as_json), as_json)
 
 
 @bench.command(name="meta", epilog="Example: mediation bench meta --quick --json")

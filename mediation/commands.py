@@ -609,6 +609,22 @@ def planted_command(organism: Path, prompts: int, seed: int, *, quiet: bool) -> 
     return result
 
 
+def bench_planted_command(families: str, seeds: str, work: Path | None, *, quick: bool, quiet: bool) -> dict[str, Any]:
+    """`mediation bench planted`: organisms of many families; see mediation.planted.bench."""
+    from mediation.planted import tables
+    from mediation.planted.bench import bench, seed_range
+    from mediation.planted.worlds import FAMILIES
+
+    if work is None:
+        raise MediationError("Give --work, a folder for the organisms' scores, or --organism, a folder made before.")
+    names = list(FAMILIES) if families == "all" else [name.strip() for name in families.split(",")]
+    with report.stages("organisms", quiet) as show:
+        result = bench(names, seed_range(seeds), work, quick=quick, show=show)
+    if not quiet:
+        tables.show(result)
+    return result
+
+
 def bench_meta_command(*, quick: bool, quiet: bool) -> dict[str, Any]:
     """`mediation bench meta`: ways to decompose rows where the facts are planted; see mediation.metabench."""
     from mediation.metabench import run_bench

@@ -9,24 +9,24 @@ Algorithm
    own. Discovery prompts nominate, for their group (the question asked), the kinds of their strongest part.
 3. Evaluation prompts of the group test every nominated kind, on the fact of that kind the prompt has most of:
    chosen by coefficient, never by effect, so that the choice cannot flatter the test. Removal: take the fact's
-   part through non-carriers out of the residual stream and measure. Controls, the same coefficient at the
-   same positions: first along the meta-latents of other kinds in the same latents, then along random
-   directions from the span of the dictionary's own rows.
+   part through non-carriers out of the residual stream and measure. Controls: the same coefficient at the same
+   positions along other directions, the whole kind turned at once (mediation.removal).
 4. Swap: also take out the baseline prompt's fact of the same kind (without one, its strongest fact), so that
    the counterpart stands in for it, and see whether the answer follows.
-5. One test for each group and kind: the removal's mean over prompts against the means of its controls,
-   p = (1 + #{control >= removal}) / (1 + n), one-sided: a fact that is used brings about the total effect, so
-   its removal moves the behaviour against it. q by Benjamini and Hochberg (1995) over the run's tests.
-   A prompt is flagged when its test has q <= alpha, and on the prompt itself the hidden share is at least one
-   half, all carriers are silent, and the removal is not negligible beside the behaviour.
+5. One test for each group and kind: the removals' mean size over prompts against that of its controls; q over all
+   kinds and groups that could have been nominated (mediation.removal). A prompt is flagged when its test has
+   q <= alpha, and on the prompt itself the hidden share is at least one half, all carriers are silent, and the
+   removal moves the behaviour against the total effect, not negligibly beside the behaviour: a fact that is used
+   brings about the effect.
 
 Discovery and evaluation prompts are different types, so they cannot be confused.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 
 from mediation.dictionaries import Dictionary
-from mediation.errors import MediationError
+from mediation.errors import FidelityWarning, MediationError
 from mediation.estimators.common import behaviour
 from mediation.estimators.integrated_gradients import path_gradient
 from mediation.metalatents import Decomposition
 from mediation.nodes import MeanState, site_states
 from mediation.parts import PooledParts, Surgeon, pooled_parts, shapley_split
 from mediation.prompts import Baseline, Batch, DiscoverySet, EvaluationSet, Example, Prompt, collate
+from mediation.removal import least_q, q_values, removal_p, turned
 from mediation.shapley import MAX_EXACT
-from mediation.statistics import benjamini_hochberg, permutation_p
 from mediation.subject import SubjectModel
 
 NEAREST = 3  # latents shown of a meta-latent that has no carrier
@@ -58,7 +58,7 @@ class FactSettings:
     parts: int = 8  # meta-latents that enter the Shapley split of a prompt
     permutations: int = 16  # antithetic permutations of that split
     kinds: int = 3  # kinds of fact a group's discovery prompts may nominate, most frequent first
-    controls: int = 199  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
+    controls: int = 399  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
     steps: int = 5  # path integral of the screen
     alpha: float = 0.05  # false discovery rate of the flags
     least_effect: float = 0.1  # removal must move the behaviour by this share of max(|m|, |total effect|)
@@ -120,6 +120,11 @@ class PromptSplit:
     def top_present(self) -> int | None:
         """The strongest of the clean prompt's own facts."""
         return next((self.metas[index] for index in self.ranking if self.present[self.metas[index]]), None)
+
+    @property
+    def active(self) -> list[int]:
+        """Meta-latents in the latents of the prompt, on either side of the contrast."""
+        return (self.pooled.coefficient + self.pooled.carried).any(dim=0).any(dim=0).nonzero().squeeze(1).tolist()
 
     def hidden_share(self, meta: int) -> float:
         """H_j = |through non-carriers| / (|through non-carriers| + |through carriers|)."""
@@ -183,26 +188,6 @@ def _total_effect(model: SubjectModel, batch: Batch, baseline: Baseline, surgeon
     return float(surgeon.effect(difference[None])[0])
 
 
-def controls(
-    pooled: PooledParts,
-    meta: int,
-    same_kind: Tensor,
-    dictionary: Dictionary,
-    n: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Matched controls of one removal, [n, R, T, d]: the coefficient of `meta` along other directions.
-
-    `same_kind` [n_meta] marks the meta-latents that are no control, because they are facts of the same kind.
-    """
-    active = pooled.coefficient.abs().sum(dim=(0, 1)).masked_fill(same_kind, 0.0)
-    others = active.argsort(descending=True)[: min(n // 2, int((active > 0).sum()))]
-    rows = dictionary.decoder
-    mixture = torch.randn(n - len(others), len(rows), generator=generator).to(rows) @ rows
-    directions = torch.cat([pooled.directions[others], torch.nn.functional.normalize(mixture, dim=1)])
-    return torch.einsum("rt,nd->nrtd", pooled.coefficient[..., meta], directions)
-
-
 def nearest_latents(
     dictionary: Dictionary, decomposition: Decomposition, metas: Sequence[int], carrier_cosine: float
 ) -> pl.DataFrame:
@@ -237,41 +222,55 @@ def find_hidden_facts(
     *,
     mean: MeanState | None = None,
     labels: dict[int, str] | None = None,
+    hypotheses: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> pl.DataFrame:
     """Steps 1 to 5. One row per fact in a prompt's split or tested on it; `role` says discovery or evaluation.
 
-    Each set comes with its tokenised examples. Columns: prompt, group, expected, role, meta, label, kind; for facts
+    Each set comes with its tokenised examples. hypotheses: kinds to test for each group, stated beforehand, in place of
+    those that discovery prompts nominate. Columns: prompt, group, expected, role, meta, label, kind; for facts
     in the split (null otherwise) shapley, stderr, rank (1 = drives the effect most); present (in the clean prompt),
     linear, hidden_share, carriers_silent, total_effect, behaviour; for tested facts (null otherwise) removal,
-    swap, swap_follows, counterpart (the meta-latent that the swap takes out too), controls (what each control moved
-    the behaviour by, in the direction of the total effect), p, q; and flagged.
+    swap, swap_follows, counterpart (the meta-latent that the swap takes out too), controls (how far each control moved
+    the behaviour, without its sign), p, q; and flagged. Warns when so few controls can flag nothing.
     """
     settings = settings or FactSettings()
     names = [(labels or {}).get(meta, f"meta-latent {meta}") for meta in range(len(decomposition.directions))]
     kinds = [kind_of(name) for name in names]
     rows: list[dict] = []
     nominated: dict[str, Counter[str]] = defaultdict(Counter)
-    nulls: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    active: dict[str, set[int]] = defaultdict(set)  # meta-latents in the latents of a group's discovery prompts
+    turns: dict[tuple[str, str], Tensor] = {}
+    measured: dict[tuple[str, str], list[tuple[float, np.ndarray]]] = defaultdict(list)
     for role, (prompts, examples) in (("discovery", discovery), ("evaluation", evaluation)):
         for prompt, batch in _prompt_batches(prompts, examples, model):
             split = split_prompt(model, batch, dictionary, decomposition, baseline, settings, mean)
-            if role == "discovery" and split.top is not None:
-                nominated[prompt.group][kinds[split.top]] += 1
+            if role == "discovery":
+                active[prompt.group].update(split.active)
+                if split.top is not None:
+                    nominated[prompt.group][kinds[split.top]] += 1
             tested: dict[int, dict] = {}
             if role == "evaluation":
-                for kind, _ in nominated[prompt.group].most_common(settings.kinds):
+                best = [kind for kind, _ in nominated[prompt.group].most_common(settings.kinds)]
+                for kind in best if hypotheses is None else hypotheses.get(prompt.group, ()):
                     same = torch.tensor([each == kind for each in kinds], device=split.values.device)
                     meta = split.most_present(same)
                     if meta is None:
                         continue
-                    seed = (settings.seed, prompt.row, meta)
-                    tested[meta], null = _test(split, meta, same, dictionary, settings, seed)
-                    nulls[prompt.group, kind].append(null)
+                    test = (prompt.group, kind)
+                    own = same.nonzero().squeeze(1).tolist()
+                    if test not in turns:
+                        others = [j for j in sorted(active[prompt.group]) if kinds[j] != kind]
+                        turns[test] = _turns(decomposition, own, others, dictionary, settings, test)
+                    tested[meta] = _test(split, meta, same, turns[test][:, own.index(meta)])
+                    measured[test].append((tested[meta]["removal"], np.array(tested[meta]["controls"])))
             shown = [*split.metas, *(meta for meta in tested if meta not in split.metas)]
             rows += [_row(prompt, role, split, meta, names) | tested.get(meta, {}) for meta in shown]
             progress(prompt.id)
-    return _flags(rows, nulls, settings)
+    candidates = sum(len({kinds[meta] for meta in metas}) for metas in active.values())
+    if hypotheses is not None:
+        candidates = sum(map(len, hypotheses.values()))
+    return _flags(rows, measured, candidates, settings)
 
 
 def _prompt_batches(
@@ -310,46 +309,61 @@ def _row(prompt: Prompt, role: str, split: PromptSplit, meta: int, names: list[s
     return row
 
 
-def _test(
-    split: PromptSplit,
-    meta: int,
-    same_kind: Tensor,
+def _turns(
+    decomposition: Decomposition,
+    own: list[int],
+    others: list[int],
     dictionary: Dictionary,
     settings: FactSettings,
-    seed: tuple[int, ...],
-) -> tuple[dict, np.ndarray]:
-    """Steps 3 and 4 for one fact of one prompt: what was measured, and the controls in the effect's direction."""
+    test: tuple[str, str],
+) -> Tensor:
+    """The controls' directions of one test, [controls, len(own), d]."""
     # One seed per test, so that a test's controls do not depend on which tests ran before it.
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    seed = np.random.SeedSequence((settings.seed, *"\n".join(test).encode())).generate_state(1)[0]
+    directions = decomposition.directions
+    generator = torch.Generator().manual_seed(int(seed))
+    return turned(directions[own], directions[others], dictionary.decoder, settings.controls, generator)
+
+
+def _test(split: PromptSplit, meta: int, same_kind: Tensor, turns: Tensor) -> dict:
+    """Steps 3 and 4 for one fact of one prompt; turns [controls, d] stand in for its direction."""
     own = split.pooled.hidden(meta)
-    patches = controls(split.pooled, meta, same_kind, dictionary, settings.controls, generator)
+    patches = torch.einsum("rt,nd->nrtd", split.pooled.coefficient[..., meta], turns)
     counterpart = split.counterpart(same_kind)
     swapped = own if counterpart is None else own + split.pooled.hidden(counterpart)
     effects = split.surgeon.effect(torch.cat([own[None], swapped[None], patches])).double().cpu().numpy()
     removal, swap = float(effects[0]), float(effects[1])
     clean = float(split.surgeon.clean)
     follows = (clean - swap) * clean < 0
-    null = split.direction * effects[2:]
     measured = {"removal": removal, "swap": swap, "swap_follows": follows, "counterpart": counterpart}
-    return measured | {"controls": null.tolist()}, null
+    return measured | {"controls": np.abs(effects[2:]).tolist()}
 
 
-def _flags(rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], settings: FactSettings) -> pl.DataFrame:
+def _flags(
+    rows: list[dict],
+    measured: dict[tuple[str, str], list[tuple[float, np.ndarray]]],
+    candidates: int,
+    settings: FactSettings,
+) -> pl.DataFrame:
     """Step 5."""
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-    if nulls:
-        tests = pl.DataFrame(
-            [
-                {"group": group, "kind": kind, "p": _group_p(table, group, kind, np.stack(null))}
-                for (group, kind), null in nulls.items()
-            ]
+    schema = {"group": pl.String, "kind": pl.String, "p": pl.Float64}
+    found = [
+        (*test, removal_p([effect for effect, _ in each], np.stack([null for _, null in each])))
+        for test, each in measured.items()
+    ]
+    tests = pl.DataFrame(found, schema=schema, orient="row")
+    tests = tests.with_columns(q=pl.Series(q_values(tests["p"].to_numpy(), candidates), dtype=pl.Float64))
+    if found and (least := least_q(len(found), candidates, settings.controls)) > settings.alpha:
+        warnings.warn(
+            f"{candidates} pairs of question and kind could have been tested, {len(found)} were: with "
+            f"{settings.controls} controls no q falls below {least:.2f}, so nothing can be flagged; "
+            "give more controls.",
+            FidelityWarning,
+            stacklevel=3,
         )
-        tests = tests.with_columns(q=pl.Series(benjamini_hochberg(tests["p"].to_numpy())))
-    else:
-        tests = pl.DataFrame(schema={"group": pl.String, "kind": pl.String, "p": pl.Float64, "q": pl.Float64})
-    measured = pl.col("removal").is_not_null()
     table = table.join(tests, on=["group", "kind"], how="left", maintain_order="left").with_columns(
-        pl.when(measured).then(pl.col("p", "q"))
+        pl.when(pl.col("removal").is_not_null()).then(pl.col("p", "q"))
     )
     scale = pl.max_horizontal(pl.col("behaviour").abs(), pl.col("total_effect").abs())
     flagged = (
@@ -359,13 +373,6 @@ def _flags(rows: list[dict], nulls: dict[tuple[str, str], list[np.ndarray]], set
         & (pl.col("removal") * pl.col("total_effect").sign() >= settings.least_effect * scale)
     )
     return table.with_columns(flagged.fill_null(False).alias("flagged"))
-
-
-def _group_p(table: pl.DataFrame, group: str, kind: str, null: np.ndarray) -> float:
-    """p of one test; `null` [prompts, controls]."""
-    mine = table.filter((pl.col("group") == group) & (pl.col("kind") == kind) & pl.col("removal").is_not_null())
-    observed = (mine["removal"] * mine["total_effect"].sign()).to_numpy().mean()
-    return float(permutation_p(observed, null.mean(axis=0)))
 
 
 SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {

@@ -245,12 +245,11 @@ def meta_latent(found: MetaEvidence) -> None:
         console.print(table)
     if len(found.tests):
         table = _table("Tests", "prompt", "in", "#removal", "#controls", "#of", "#hidden", "swap", "#p", "#q", "flag",
-                       caption="controls: mean of the matched controls' removals, in the direction of the total "
-                       "effect; of: total effect")  # fmt: skip
+                       caption="controls: mean size of what the matched controls move; of: total effect")  # fmt: skip
         for row in found.tests.head(SHOWN).iter_rows(named=True):
             table.add_row(
                 escape(row["prompt"]), escape(row["group"]), f"{row['removal']:+.2f}",
-                f"{sum(row['controls']) / len(row['controls']):+.2f}", f"{row['total_effect']:+.2f}",
+                f"{sum(row['controls']) / len(row['controls']):.2f}", f"{row['total_effect']:+.2f}",
                 f"{row['hidden_share']:.0%}", "follows" if row["swap_follows"] else "stays", probability(row["p"]),
                 probability(row["q"]), "hidden" if row["flagged"] else "-",
             )  # fmt: skip

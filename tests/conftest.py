@@ -37,7 +37,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         chosen = commands.Source(source.model, source.saes, str(prompts), "cpu")
         commands.trace_command(chosen, QUICK, folder / name, quiet=True)
-    commands.flag_command(folder / "run", organism / "meta" / META, {"controls": 39}, quiet=True)
+    commands.flag_command(folder / "run", organism / "meta" / META, {"controls": 399}, quiet=True)
     proof = {"errors": "kept", "top": 4, "prompts": 4, "edges": False, "seed": 0}
     commands.prove_command(folder / "run", proof, quiet=True)
     view = commands.View.of(commands.Keep(), "meta", organism / "meta" / META, [], folder / "other")

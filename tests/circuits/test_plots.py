@@ -109,7 +109,7 @@ def test_removal_stands_beside_its_controls(run: OpenedRun) -> None:
     tests = run.tests()
     test = tests.row(len(tests) - 1, named=True)
     ax = rendered(plots.removal(run, test["group"], test["kind"]))
-    assert sum(bar.get_height() for bar in ax.patches) == len(test["controls"]) == 39
+    assert sum(bar.get_height() for bar in ax.patches) == len(test["controls"]) == 399
     assert ax.lines[0].get_xdata() == [test["removal"]] * 2
     assert f"q {test['q']:.3g}" in ax.get_title()
     first = tests.row(0, named=True)

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mediation.dictionaries import Dictionary, Split
-from mediation.errors import MediationError
+from mediation.errors import FidelityWarning, MediationError
 from mediation.estimators import EstimatorSettings, ig
 from mediation.estimators.integrated_gradients import path_gradient
 from mediation.facts import (
     NEAREST,
     FactSettings,
-    controls,
     find_hidden_facts,
     kind_of,
     nearest_latents,
@@ -30,7 +29,7 @@ from mediation.metasplit import split_nodes
 from mediation.nodes import site_states
 from mediation.parts import Surgeon, pooled_parts, shapley_split
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, Example, Prompt, collate
-from mediation.statistics import permutation_p
+from mediation.removal import q_values, removal_p
 from mediation.subject import SubjectModel
 from tests.setups import batch_of, linear_model, random_dictionary, tiny
 from tests.tiny_models import D_MODEL
@@ -203,11 +202,12 @@ def test_the_planted_fact_is_named_and_flagged_and_nothing_else(planted: Planted
     assert flagged["removal"].to_numpy() == pytest.approx(3.0, abs=1e-4)
     assert flagged["swap_follows"].all()
     assert flagged["counterpart"].is_not_null().all()
-    for group in table["group"].unique():
-        mine = table.filter((pl.col("group") == group) & (pl.col("kind") == "job")).drop_nulls("removal")
-        null = np.stack([np.array(each) for each in mine["controls"]])
-        observed = (mine["removal"] * mine["total_effect"].sign()).to_numpy().mean()
-        assert mine["p"].to_numpy() == pytest.approx(float(permutation_p(observed, null.mean(axis=0))))
+    tested = table.drop_nulls("removal")
+    null = np.stack([np.array(each) for each in tested["controls"]])
+    # Controls are turned within the span of the towns, which the answer does not read.
+    assert null.max() < 1e-5
+    assert tested["p"].to_numpy() == pytest.approx(removal_p(tested["removal"], null)) == 1 / 200
+    assert tested["q"].to_numpy() == pytest.approx(float(q_values([1 / 200], 2)[0]))  # towns could have been tested too
     assert set(flagged["role"]) == {"evaluation"}
     assert table.filter(pl.col("role") == "discovery")["p"].is_null().all()
 
@@ -242,20 +242,6 @@ def test_an_overt_fact_is_used_but_not_hidden(planted: Planted) -> None:
     assert used["prompt"].n_unique() == 16
     assert used["hidden_share"].max() < 1e-6  # type: ignore[operator]
     assert not used["carriers_silent"].any()
-
-
-def test_controls_match_the_removal_in_size_and_place(llama: SubjectModel, dictionary: Dictionary) -> None:
-    batch = collate([batch_of().examples[3]])
-    (state,) = site_states(llama, batch, [dictionary], Baseline.CORRUPT)
-    pooled = pooled_parts(state, Foreign(pursuit().directions, 3), 0.7)
-    meta = int(pooled.coefficient.abs().sum(dim=(0, 1)).argmax())
-    same = torch.zeros(20, dtype=torch.bool)
-    same[meta] = True
-    found = controls(pooled, meta, same, dictionary, 40, torch.Generator().manual_seed(0))
-    own = pooled.hidden(meta).norm(dim=-1)
-    assert torch.allclose(found.norm(dim=-1), own.expand(40, *own.shape), atol=1e-5)
-    cosine = torch.nn.functional.cosine_similarity(found, pooled.hidden(meta)[None], dim=-1)[:, own > 0]
-    assert cosine.abs().max() < 0.999  # the fact itself is not among its controls
 
 
 def test_nearest_latents_are_the_carriers_or_the_closest(dictionary: Dictionary) -> None:
@@ -302,6 +288,16 @@ def test_a_prompt_without_parts_abstains(planted: Planted) -> None:
     everything = torch.ones(8, dtype=torch.bool)
     assert split.most_present(everything) is None
     assert split.counterpart(everything) is None
+
+
+def test_too_few_controls_for_any_flag_are_told(planted: Planted) -> None:
+    discovery, evaluation = planted.sets()
+    with pytest.warns(FidelityWarning, match=r"1 were: with 20 controls no q falls below 0.10"):
+        table = find_hidden_facts(
+            planted.model, planted.dictionary, People(planted.facts), discovery, evaluation, labels=LABELS,
+            settings=FactSettings(carrier_cosine=0.9, permutations=4, controls=20),
+        )  # fmt: skip
+    assert not table["flagged"].any()
 
 
 def test_settings_and_kinds() -> None:

@@ -1,11 +1,9 @@
 // The causal proof of a flag: the removal beside its matched controls, and the swap.
 import { Chart, type Option } from "./charts";
-import { data, metaName, type FactRows } from "./data";
+import { data, metaName } from "./data";
 import { Absent, Figure } from "./parts";
 import { axis } from "./prompts";
 import { percent, plain, probability, signed } from "./text";
-
-const direction = (rows: FactRows, row: number) => (rows.total_effect[row] >= 0 ? 1 : -1);
 
 /** The rows of one test: of the same question and kind of fact. */
 export function testOf(row: number): number[] {
@@ -13,7 +11,7 @@ export function testOf(row: number): number[] {
   return [...rows.at.keys()].filter((k) => rows.removal[k] != null && rows.group[k] === rows.group[row] && rows.kind[k] === rows.kind[row]);
 }
 
-/** What the test compares: the mean removal, and the mean of each control, over its prompts. */
+/** What the test compares: the mean size of the removals, and of each control, over its prompts. */
 export function tested(members: number[]): { observed: number; controls: number[] } | null {
   const rows = data.facts!.rows;
   const known = members.filter((k) => rows.controls[k]);
@@ -21,7 +19,7 @@ export function tested(members: number[]): { observed: number; controls: number[
   const mean = (value: (k: number) => number) => members.reduce((total, k) => total + value(k), 0) / members.length;
   const n = rows.controls[known[0]]!.length;
   return {
-    observed: mean((k) => (rows.removal[k] ?? 0) * direction(rows, k)),
+    observed: mean((k) => Math.abs(rows.removal[k] ?? 0)),
     controls: Array.from({ length: n }, (_, at) => mean((k) => rows.controls[k]![at])),
   };
 }
@@ -30,8 +28,7 @@ export function Proof({ row, theme }: { row: number; theme: string }) {
   const rows = data.facts!.rows;
   const members = testOf(row);
   const test = tested(members);
-  const turn = direction(rows, row);
-  const removal = (rows.removal[row] ?? 0) * turn;
+  const removal = Math.abs(rows.removal[row] ?? 0);
   const after = rows.behaviour[row] - (rows.removal[row] ?? 0);
   const swapped = rows.swap[row] == null ? null : rows.behaviour[row] - rows.swap[row];
   const counterpart = rows.counterpart?.[row];
@@ -76,7 +73,7 @@ function Against({ observed, controls, theme, what }: { observed: number; contro
         height={150} theme={theme} label={`${what} ${signed(observed)}; ${reached} of ${controls.length} controls reach it, the largest ${signed(Math.max(...controls))}`}
         option={(c): Option => ({
           grid: { left: 36, right: 14, top: 20, bottom: 34 },
-          xAxis: { ...axis(c), name: "effect along the total effect", nameLocation: "middle", nameGap: 22, min: from, max: from + 36 * width, axisLabel: { color: c.soft, fontSize: 10.5, formatter: (value: number) => plain(value, 2), hideOverlap: true, showMinLabel: false, showMaxLabel: false } },
+          xAxis: { ...axis(c), name: "size of the effect", nameLocation: "middle", nameGap: 22, min: from, max: from + 36 * width, axisLabel: { color: c.soft, fontSize: 10.5, formatter: (value: number) => plain(value, 2), hideOverlap: true, showMinLabel: false, showMaxLabel: false } },
           yAxis: { ...axis(c), minInterval: 1 },
           series: [
             {
@@ -90,7 +87,7 @@ function Against({ observed, controls, theme, what }: { observed: number; contro
           ],
         })}
       />
-      <p class="soft">{reached} of {controls.length} controls reach it: the same coefficient along other meta-latents of these latents, and along random directions of the dictionary's rows.</p>
+      <p class="soft">{reached} of {controls.length} controls reach it: the same coefficients along directions made of the other facts in these latents.</p>
     </>
   );
 }

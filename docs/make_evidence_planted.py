@@ -1,0 +1,274 @@
+"""Writes docs/evidence-planted.md and its plots from docs/evidence/planted.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+DOCS = Path(__file__).parent
+TEXT = """# Planted facts: is the fact that a flag names the fact that was used?
+
+Small models are trained in worlds where it is known which fact decides a reply. The method is shown prompts and a
+dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
+Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
+`scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
+method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
+planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
+Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
+been seen; that organism was discarded. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by,
+and more seeds and families come from,
+
+```bash
+mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json
+python -m tests.mediation.test_removal {simulated_runs} > docs/evidence/planted-simulation.json
+python docs/make_evidence_planted.py
+```
+
+{families}
+
+## How easy this is
+
+The worlds are easier than a language model, in four ways that the figures inherit. A subject is one token, and its
+facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 % noise.
+Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the model
+has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not even
+with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
+narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims
+or another dictionary.
+
+## Is the planted truth true?
+
+Held-out subjects: exchanging one for another that differs in one attribute must flip the reply in 95 % of the cases
+where the rule says so, and in at most 5 % where the rule does not name the attribute. An organism that fails is not
+scored.
+
+{made}
+
+## Naming
+
+Held-out subjects, whose names no label was made from. *attribute*: the strongest part is named by the attribute
+that decides; *value*: the strongest part that the subject has more of is named by its own value; *1 / rank* of the
+first part named by the attribute; *no name*: the strongest part has none. In `two` any of the two attributes counts
+as right, and *both* are the two strongest kinds in {both}. In `twins`, the verdict for a model and a claim, by the
+kind that is strongest in most prompts, is right in {twins}.
+
+{naming}
+
+## Against other parts of the same latents
+
+On the prompts of 4 subjects an organism; weak names count for all but the meta-latents. *facts known* is least
+squares of decoder rows on the true facts, the upper bound; *directions turned* are the meta-dictionary's own,
+turned as a whole.
+
+{ways}
+
+![Attribute and value named right](evidence-planted-parts.svg)
+
+Same subject, two claims that turn on different attributes: does the strongest own part change, both named right,
+while the strongest own latent stays?
+
+{switch}
+
+## Flags and their proof
+
+Nominated on one half of the subjects, tested on the other ({simulated_controls} controls, false discovery rate
+.05). *removal takes*: of prompts flagged for the fact used, the share of the total effect; *swap*: the partner's
+fact stands in; *other replies stay*: the same patch under claims that turn on something else.
+
+{flags}
+
+"Hidden fact used", by hidden share times Shapley value: every evaluation prompt and attribute; in the first row,
+null prompts and the overt facts are among those not used as hidden. Precision and recall at 5 % false positives.
+
+{roc}
+
+## Is the test valid?
+
+{null}
+
+In simulated linear models (`tests/mediation/test_removal.py`, {simulated_controls} controls,
+{simulated_runs} runs) the p-values of {simulated_tests} tests of facts that are not used, without nomination:
+{simulated_shares}. They are conservative rather than uniform (Kolmogorov p =
+{simulated_uniform}). With nomination, runs of {simulated_groups} questions: false discovery rate
+{simulated_none_used} where no question reads a fact, {simulated_false} (standard error
+{simulated_false_error}) where half of them do, and {simulated_found} of the facts read are found.
+
+Tried before, in such simulations: the sign of the total effect as direction, with controls drawn for each prompt:
+.11 to .15 of null tests at p at most .05. Half of the controls from the span of the dictionary's rows, which hold
+the tested fact too: with 199 controls .26 of used facts were found (60 runs), with 999 .78 to .87 (12 runs).
+"""
+NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
+them at most .05; that many or more would come with probability {p_many} if the test were valid and the tests
+independent (they share a model). Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of
+{null_tests} tests had q at most .05. Until many null models are measured, nominal validity is shown in simulation only:
+a trained model's small responses to unused facts need not be as random as the test supposes.
+
+![p-values of facts that are not used](evidence-planted-p.svg)"""
+FAMILIES = {
+    "shaped": "attributes of 8 to 16 values",
+    "mixed": "2, 2, 4, 8 and 16 values",
+    "correlated": "8 values each; an attribute copies the one before it with probability .5",
+    "twins": "two models, alike on the prompts, each using another attribute",
+    "null": "the claim's word alone decides",
+    "overt": "a dictionary in which each fact has a latent that fires",
+    "two": "two facts decide together",
+    "flatterer": "an assistant; two things the user owns imply what is never said",
+}
+WAYS = ("meta-latents", "top latent", "nearest row", "matching pursuit", "meta-SAE of turned rows", "directions turned",
+        "sparse meta-SAE", "facts known (bound)")  # fmt: skip
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def shown(family: dict[str, Any], key: str) -> str:
+    """Mean over seeds and its interval."""
+    figure = family.get("figures", {}).get(key)
+    if figure is None or figure["value"] is None:
+        return "-"
+    return f"{number(figure['value'])} [{number(figure['low'])}, {number(figure['high'])}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def made(result: dict[str, Any]) -> str:
+    """Causal check, world by world."""
+    rows = []
+    for world in dict.fromkeys(each["world"] for each in result["organisms"]):
+        mine = [each for each in result["organisms"] if each["world"] == world]
+        passed = [each for each in mine if each["check"]["passed"]]
+
+        def span(key: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = [each["check"][key] for each in mine]
+            return f"{min(values):.3f} to {max(values):.3f}"
+
+        seconds = np.mean([each["seconds"] for each in mine])
+        rows.append(
+            [world, f"{len(passed)} of {len(mine)}", span("replies_right"), span("follows"), span("moves"),
+             f"{seconds:.0f}"]
+        )  # fmt: skip
+    return table(
+        ["organism", "passed", "replies right", "flips with the fact", "flips with another", "seconds of training"],
+        rows,
+    )
+
+
+def compare_plot(result: dict[str, Any], families: list[str], path: Path) -> None:
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, key in zip(axes, ("attribute", "value"), strict=True):
+        for place, way in enumerate(reversed(WAYS)):
+            for offset, family in enumerate(families):
+                figure = result["families"][family]["figures"].get(f"compared.{way}.{key}")
+                if figure is None:
+                    continue
+                y = place + 0.3 - 0.15 * offset
+                axis.plot([figure["low"], figure["high"]], [y, y], color=f"C{offset}", linewidth=1)
+                axis.plot(
+                    figure["value"], y, "o", markersize=4, color=f"C{offset}", label=family if place == 0 else None
+                )
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_xlabel(f"{key} named right")
+    axes[0].set_yticks(range(len(WAYS)), list(reversed(WAYS)))
+    axes[1].legend(fontsize=7, loc="lower right")
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
+def p_plot(p: list[float], path: Path) -> None:
+    fig, axis = plt.subplots(figsize=(3.6, 3.4))
+    n = len(p)
+    at = (np.arange(n) + 0.5) / n
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    low, high = stats.beta.interval(0.95, np.arange(1, n + 1), np.arange(n, 0, -1))
+    axis.fill_between(at, low, high, color="grey", alpha=0.2, label="95 % of each, if uniform")
+    axis.plot(at, sorted(p), ".", markersize=3, label=f"{n} tests of facts that are not used")
+    axis.set_xlabel("expected p")
+    axis.set_ylabel("p")
+    axis.legend(fontsize=7, loc="upper left")
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
+def rows(families: dict[str, Any], names: list[str], *keys: str) -> list[list[str]]:
+    return [[name, *(shown(families[name], key) for key in keys)] for name in names]
+
+
+def main() -> None:
+    folder = DOCS / "evidence"
+    result = json.loads((folder / "planted.json").read_text(encoding="utf-8"))
+    simulated = json.loads((folder / "planted-simulation.json").read_text(encoding="utf-8"))
+    plt.rcParams["svg.hashsalt"] = "latent-mediation"
+    families = result["families"]
+    scored = [name for name in families if families[name].get("figures")]
+    compared = [name for name in scored if "switch.pairs" in families[name]["figures"]]
+    compare_plot(result, compared, DOCS / "evidence-planted-parts.svg")
+    null = families.get("null", {"p": [], "tests": 0, "q_flagged": 0})
+    p = np.array(null["p"])
+    if len(p):
+        p_plot(sorted(p), DOCS / "evidence-planted-p.svg")
+    naming = rows(families, [n for n in scored if n != "null"], "chance", "naming.attribute", "naming.value",
+                  "naming.rank", "naming.abstained")  # fmt: skip
+    naming = [[each[0], str(families[each[0]]["prompts"]), *each[1:]] for each in naming]
+    flags = rows(families, scored, "flags.flagged", "flags.right", "flags.wrong", "flags.removal", "flags.swap_follows",
+                 "flags.stays")  # fmt: skip
+    flags = [[each[0], str(families[each[0]]["evaluation_prompts"]), *each[1:]] for each in flags]
+    ways = [
+        [way, *(shown(families[name], f"compared.{way}.{key}") for name in compared for key in ("attribute", "value"))]
+        for way in WAYS
+    ]
+    curves = {"all together": result["evidence"]} | {name: families[name]["roc"] for name in scored}
+    roc = [
+        [name, str(each["used"]), str(each["unused"]), *(number(each[key]) for key in ("area", "precision", "recall"))]
+        for name, each in curves.items()
+        if each["area"] is not None
+    ]
+    seeds = result["seeds"]
+    filled = TEXT.format(
+        commit=", ".join(sorted({str(each["commit"])[:12] for each in result["organisms"]})),
+        seeds=", ".join(map(str, seeds)),
+        seeds_option=f"{seeds[0]}-{seeds[-1]}",
+        n_seeds=len(seeds),
+        families=table(["family", "what it is", "organisms that passed"],
+                       [[n, FAMILIES[n], f"{f['passed']} of {f['organisms']}"] for n, f in families.items()]),
+        made=made(result),
+        naming=table(["family", "prompts", "chance", "attribute", "value", "1 / rank", "no name"], naming),
+        flags=table(["family", "prompts", "flagged", "for the fact used", "for another",
+                     "removal takes, of the total effect", "swap: reply follows", "other replies stay"], flags),
+        ways=table(["parts", *(f"{name}, {key}" for name in compared for key in ("attribute", "value"))], ways),
+        switch=table(["family", "part changes, both right", "top latent the same"],
+                     rows(families, compared, "switch.parts_switch", "switch.latent_stays")),
+        roc=table(["family", "used", "not used", "area", "precision", "recall"], roc),
+        twins=shown(families.get("twins", {}), "naming.claims").replace("-", "(not run)", 1),
+        both=shown(families.get("two", {}), "naming.both").replace("-", "(not run)", 1),
+        null=NULL.format(
+            p_tests=len(p),
+            p_small=number(float((p <= 0.05).mean())),
+            p_many=number(float(stats.binom.sf((p <= 0.05).sum() - 1, len(p), 0.05))),
+            p_uniform=number(float(stats.kstest(p, "uniform").pvalue)),
+            null_tests=null["tests"],
+            null_flagged=null["q_flagged"],
+        )
+        if len(p)
+        else "The null family has not been run yet: there is no figure from a trained model.",
+        missing=", ".join(name for name in FAMILIES if name not in scored) or "none",
+        **{name: f"{value:.2g}" if isinstance(value, float) else value for name, value in simulated.items()},
+    )  # fmt: skip
+    (DOCS / "evidence-planted.md").write_text(filled.rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
