@@ -132,8 +132,8 @@ draw removes .46 of stance. Heads are not specific here; 20 of 270 at all places
 ## Not measured, and not shown
 
 - **Meta-latents** (does a part mean the suggested or the right answer, or that it is denied?), **negation in other
-  words** ("Nobody thinks ...") as a test of the latent above, and **the political quiz with biographies**: written as parts of
-  `run.py` and tested on tiny models, not yet run at full size. Nothing is claimed about them.
+  words** ("Nobody thinks ...") as a test of the latent above, and **the political quiz with biographies**: written as parts
+  of `run.py` and tested on tiny models, not yet run at full size. Nothing is claimed about them.
 - One model of 135 M parameters, one template per condition, one seed; largest cities rest on 9 countries.
 - Places are aligned by role; what a node means was judged by the logit lens only.
 """
