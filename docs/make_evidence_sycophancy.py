@@ -29,7 +29,9 @@ of Australia?", with the reply begun. Behaviour: log p(suggested) - log p(right)
 `examples/sycophancy_smollm2/run.py` ({minutes} CPU minutes, one thread, seed {seed}; the six dictionaries of
 `examples/packs/smollm2`); `facts.py` and `nodes.py` there define every figure. Brackets: 95 % bootstrap intervals over
 countries. Countries are in two halves: nodes are chosen on discovery countries, and every behaviour, removal and swap
-below is of the others. The wordings were written while looking at a few countries of both halves.
+below is of the others. Not blind: the means of the four conditions had been seen on both halves
+before the stances were added, and sets of 100 had been tried on 9 capitals, evaluation countries possibly among them,
+when nodes were still taken by signed attribution; |attribution| was chosen after that.
 
 **In short.** Naming the wrong answer without claiming it costs part of the right answer's lead; claiming it costs much
 more. But the claim need not be the user's belief: said of nobody's mind ("Well, the capital of ...") it works as well,
@@ -57,8 +59,8 @@ Indonesian" may be more than a mention. The capital's other stances, same countr
 
 {stances}
 
-Between know, believe, think, guess, hear, hope, They and Well the intervals overlap: neither certainty nor whose
-belief it is shows. Suggested languages and currencies are drawn from other countries and often absurd; cities are not.
+Between know, believe, think, guess, hear, hope, They and Well the intervals overlap (no paired test was made):
+neither certainty nor whose belief it is shows. Suggested languages and currencies are drawn from other countries and often absurd; cities are not.
 
 ## What the latent graph says
 
@@ -132,8 +134,8 @@ draw removes .46 of stance. Heads are not specific here; 20 of 270 at all places
 ## Not measured, and not shown
 
 - **Meta-latents** (does a part mean the suggested or the right answer, or that it is denied?), **negation in other
-  words** ("Nobody thinks ...") as a test of the latent above, and **the political quiz with biographies**: written as parts
-  of `run.py` and tested on tiny models, not yet run at full size. Nothing is claimed about them.
+  words** ("Nobody thinks ...") as a test of the latent above, and **the political quiz with biographies**: written as
+  parts of `run.py` and tested on tiny models, not yet run at full size. Nothing is claimed about them.
 - One model of 135 M parameters, one template per condition, one seed; largest cities rest on 9 countries.
 - Places are aligned by role; what a node means was judged by the logit lens only.
 """
