@@ -60,7 +60,8 @@ Indonesian" may be more than a mention. The capital's other stances, same countr
 {stances}
 
 Between know, believe, think, guess, hear, hope, They and Well the intervals overlap (no paired test was made):
-neither certainty nor whose belief it is shows. Suggested languages and currencies are drawn from other countries and often absurd; cities are not.
+neither certainty nor whose belief it is shows. Suggested languages and currencies are drawn from other countries and
+often absurd; cities are not.
 
 ## What the latent graph says
 
