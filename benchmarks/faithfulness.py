@@ -8,7 +8,7 @@ compiled: circuits compiled into a model (mediation.organisms.compiled): precisi
     for as many as are true.
 organism: the trained organism. Its circuit is not known in full, but where the fact is, and in which directions.
 agreement: subject-verb agreement, contrast pairs of the sparse feature circuits paper: a folder with NAME_train.json.
-capitals: a user's wrong suggestion, prompts that examples/sycophancy_smollm2 writes.
+capitals: a user's wrong suggestion, a prompt set in JSONL with the conditions of examples/sycophancy_smollm2.
 
 Every part is added to the JSON file of results, from which the tables of the document are made.
 """
