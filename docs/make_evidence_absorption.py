@@ -254,8 +254,13 @@ def concepts(part: dict[str, Any]) -> str:
     sites, grid = part["sites"], part["grid"]
     keys = ("present", "silent", "absorbed_full", "own_f1", "without_own")
     by_concept = [
-        [family, concept, short(site["site"]), *(number(site["families"][family]["concepts"][concept][k]) for k in
-        keys)] for family, each in sites[0]["families"].items()
+        [
+            family,
+            concept,
+            short(site["site"]),
+            *(number(site["families"][family]["concepts"][concept][k]) for k in keys),
+        ]
+        for family, each in sites[0]["families"].items()
         for concept in each["concepts"]
         for site in sites[:: max(1, len(sites) // 3)]
         if family != "kinds, in sentences"

@@ -33,8 +33,8 @@ from mediation.absorbed.scores import rank_areas, share
 from mediation.contexts import judged, text_windows, window_length
 from mediation.dictionaries import Dictionary
 from mediation.metalatents import Decomposition
-from mediation.realfacts.bench import one_token
-from mediation.realfacts.questions import Entities, countries
+from mediation.realfacts.bench import of_length
+from mediation.realfacts.questions import Entities, countries, topics
 from mediation.sites import Site
 from mediation.statistics import permutation_p
 from mediation.subject import SubjectModel
@@ -64,7 +64,7 @@ class Text:
 
 def ask_task(model: SubjectModel, sites: Sequence[Site], seed: int = 0) -> tuple[Entities, Worded, Pairs, Pairs]:
     """Step 1: the task and its pairs of discovery and of evaluation."""
-    entities = one_token(countries(), model)
+    entities = of_length(topics()["countries"], countries(), model)
     task = ask_wording(model, entities, "capital", WORDINGS["capital"][0], sites)
     generator = torch.Generator().manual_seed(seed)
     known = task.right.nonzero()[:, 0]

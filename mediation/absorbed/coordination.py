@@ -32,8 +32,8 @@ from torch import Tensor
 from mediation.absorbed.contexts import END, WORD, Context, InContext
 from mediation.absorbed.scores import share
 from mediation.dictionaries import Dictionary
-from mediation.realfacts.bench import one_token
-from mediation.realfacts.questions import Entities, countries, paraphrases
+from mediation.realfacts.bench import of_length
+from mediation.realfacts.questions import Entities, countries, paraphrases, topics
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 
@@ -71,7 +71,7 @@ def ask_wordings(
     model: SubjectModel, sites: Sequence[Site], data: Path | None, most: int
 ) -> tuple[Entities, list[Worded]]:
     """Step 1; at most `most` wordings of a question."""
-    entities = one_token(countries(), model)
+    entities = of_length(topics()["countries"], countries(), model)
     found = []
     for question, own in WORDINGS.items():
         more = paraphrases(data, question) if data is not None else []
