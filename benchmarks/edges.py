@@ -63,6 +63,7 @@ from mediation.prompts import Baseline, Batch, PromptSet, batches, collate, toke
 from mediation.sites import RESIDUAL, Site, Stream
 from mediation.subject import SubjectModel
 
+PARTS = ("one_prompt", "set", "nodes")
 ORGANISM = Path(mediation.__file__).parent / "organisms" / "default"
 
 
@@ -450,6 +451,7 @@ def main() -> None:
     parser.add_argument("--prompts", default=str(ORGANISM / "prompts.jsonl"))
     parser.add_argument("--text", type=Path, help="make the prompts from this text instead")
     parser.add_argument("--baseline", type=Baseline, default=Baseline.CORRUPT, choices=list(Baseline))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--number", type=int, default=16, help="prompts in the set")
     parser.add_argument("--per-site", type=int, default=16, help="targets of each prompt and site")
     parser.add_argument("--chunk", type=int, default=32, help="copies in a pass, of all methods")
@@ -486,10 +488,14 @@ def main() -> None:
             "prompts": Path(chosen.prompts).name,
             "text": chosen.text and chosen.text.name,
         },
-        "one_prompt": compare(model, *[[task(longest)]] * 2, chosen.chunk, chosen.repeats),
-        "set": compare(model, *(list(map(task, each)) for each in (made, pairs)), chosen.chunk, chosen.repeats),
-        "nodes": node_attribution(model, made, dictionaries, chosen.baseline, chosen.repeats),
     }
+    if "one_prompt" in chosen.parts:
+        result["one_prompt"] = compare(model, *[[task(longest)]] * 2, chosen.chunk, chosen.repeats)
+    if "set" in chosen.parts:
+        both = (list(map(task, each)) for each in (made, pairs))
+        result["set"] = compare(model, *both, chosen.chunk, chosen.repeats)
+    if "nodes" in chosen.parts:
+        result["nodes"] = node_attribution(model, made, dictionaries, chosen.baseline, chosen.repeats)
     json.dump(result, sys.stdout, indent=1)
     print()
 

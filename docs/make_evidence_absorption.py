@@ -54,7 +54,8 @@ Absorbed words with the largest attribution of one latent: {examples}.
 The flag asks of every word whether the meta-latents *named* after its letter act through latents that are not theirs,
 while theirs are silent; it knows neither probe nor main latents. Area under the ROC curve of the hidden share, and
 precision and recall of the flag, for each definition as the truth. Three rules say which latents are a meta-latent's
-own (its carriers); none was fitted.
+own (its carriers); none was fitted, but two of them, cosine .5 and nearest, were added when the first rule had been
+seen to fail, and so are not blind.
 
 {flags}
 
@@ -63,7 +64,8 @@ own (its carriers); none was fitted.
 CONCEPTS = """## 2. Beyond spelling
 
 {members}. Each half of a concept's members is judged with probe and own latents from the other half, in other
-contexts. *Present*: the probe reads the concept at the held-out word; under .6 of members no figure is given. *Used*:
+contexts. *Present*: the probe reads the concept at the held-out word; under .6 of members no figure is given (a
+bound set when the figures of languages had been seen). *Used*:
 moving the word's residual to where the probe reads no concept halves the logit margin of the right answer, of words
 that are answered right{control}; "-": not measured at that site. *Silent*: all own latents off, of the words where the
 concept is present (and used). *Absorbed*: v2 full. *No own latent*: share of halves of concepts for which no latent
