@@ -2,13 +2,13 @@
 
     python benchmarks/faithfulness.py compiled organism --results faithfulness.json --docs docs/faithfulness.md
     python benchmarks/faithfulness.py agreement --data AGREEMENT_FOLDER --saes SAES --results faithfulness.json
-    python benchmarks/faithfulness.py capitals --data PROMPTS --saes SAES --no-edges --results faithfulness.json
+    python benchmarks/faithfulness.py capitals --saes SAES --no-edges --results faithfulness.json
 
 compiled: circuits compiled into a model (mediation.organisms.compiled): precision of nodes and edges, which is recall,
     for as many as are true.
 organism: the trained organism. Its circuit is not known in full, but where the fact is, and in which directions.
 agreement: subject-verb agreement, contrast pairs of the sparse feature circuits paper: a folder with NAME_train.json.
-capitals: a user's wrong suggestion, a prompt set in JSONL with the conditions of examples/sycophancy_smollm2.
+capitals: a user's wrong suggestion against a neutral sentence, the prompts of examples/sycophancy_smollm2.
 
 Every part is added to the JSON file of results, from which the tables of the document are made.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -163,6 +164,15 @@ def agreement(model: SubjectModel, file: Path) -> PromptSet:
     return PromptSet.from_rows(rows.values())
 
 
+def capitals(model: SubjectModel, seed: int) -> PromptSet:
+    """Countries whose capital the model knows, "I think the capital of ..." against a sentence on the weather."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sycophancy_smollm2"))
+    from facts import facts, halves, rows
+
+    known = halves(model, [each for each in facts(None, seed) if each.question.name == "capital"], seed)
+    return PromptSet.from_rows(rows(model, [*known.discovery, *known.evaluation], "belief", "neutral"))
+
+
 def measure(model: SubjectModel, dictionaries: list, prompts: PromptSet, chosen: argparse.Namespace) -> dict[str, Any]:
     """One proof under every policy for error nodes that was asked for."""
     same = {"batch_size": chosen.batch_size, "chunk": chosen.batch_size, "seed": chosen.seed}
@@ -302,7 +312,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="compiled, organism, agreement, capitals; none: only the document")
     parser.add_argument("--results", type=Path, required=True, help="JSON file that the parts are added to")
     parser.add_argument("--docs", type=Path, help="document to write from all results")
-    parser.add_argument("--data", type=Path, help="folder of agreement pairs, or JSONL of capitals")
+    parser.add_argument("--data", type=Path, help="folder of agreement pairs")
     parser.add_argument("--pairs", default="simple", help="agreement: simple or nounpp")
     parser.add_argument("--model", default="smollm2", help="for agreement and capitals")
     parser.add_argument("--saes", nargs="+", help="for agreement and capitals: folders of dictionaries")
@@ -329,15 +339,15 @@ def main() -> None:
         elif part not in ("agreement", "capitals"):
             parser.error(f"there is no part {part}")
         else:
-            if not chosen.saes or not chosen.data:
-                parser.error(f"{part} needs --data and --saes")
+            if not chosen.saes or (part == "agreement" and not chosen.data):
+                parser.error(f"{part} needs --saes" + (" and --data" if part == "agreement" else ""))
             model = SubjectModel.load(chosen.model, device="cpu")
             dictionaries = load_dictionaries(Source("", tuple(chosen.saes), ""), "cpu", model)
             if part == "agreement":
                 prompts = agreement(model, chosen.data / f"{chosen.pairs}_train.json")
                 name = f"Subject-verb agreement, {chosen.pairs} ({chosen.baseline.value})"
             else:
-                prompts, name = PromptSet.from_jsonl(chosen.data), "Capitals with a user's wrong suggestion"
+                prompts, name = capitals(model, chosen.seed), "Capitals with a user's wrong suggestion"
             results[name] = measure(model, dictionaries, prompts, chosen)
         chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if chosen.docs:
