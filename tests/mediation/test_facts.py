@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mediation.dictionaries import Dictionary, Split
+from mediation.dictionaries import Dictionary
 from mediation.errors import FidelityWarning, MediationError
 from mediation.estimators import EstimatorSettings, ig
 from mediation.estimators.integrated_gradients import path_gradient
@@ -151,13 +151,12 @@ class Planted:
             block.mlp.c_proj.weight.data.zero_()
             block.mlp.c_proj.bias.data.zero_()
 
-        def split(x: Tensor, read: Tensor | None = None) -> Split:
+        def encode(x: Tensor) -> Tensor:
             score = x @ self.dictionary.decoder.T
-            latents = torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 2**0.5)
-            return Split(latents, torch.zeros_like(x), x - latents @ self.dictionary.decoder)
+            return torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 2**0.5)
 
-        self.dictionary.split = split  # type: ignore[method-assign]
-        self.dictionary.encode = lambda x: split(x).latents  # type: ignore[method-assign]
+        self.dictionary.encode = encode  # type: ignore[method-assign]
+        self.dictionary.explain = lambda read: (encode(read), torch.zeros_like(read))  # type: ignore[method-assign]
 
     def sets(self) -> tuple[tuple[DiscoverySet, list[Example]], tuple[EvaluationSet, list[Example]]]:
         prompts, examples = [], []
