@@ -169,7 +169,7 @@ def contrast(
 def flag(
     run: Annotated[Path, typer.Argument(help="Folder that a trace wrote.")],
     meta: Annotated[Path, typer.Option(help="Meta-SAE folder, trained on the rows of one of the run's SAEs.")],
-    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 399,
+    controls: Annotated[int, typer.Option(help="Matched controls of each removal test, 20 or more.")] = 999,
     parts: Annotated[int, typer.Option(min=1, help="Meta-latents in each prompt's Shapley split.")] = 8,
     alpha: Annotated[float, typer.Option(help="False discovery rate of the flags.")] = 0.05,
     seed: Seed = 0,

@@ -58,7 +58,7 @@ class FactSettings:
     parts: int = 8  # meta-latents that enter the Shapley split of a prompt
     permutations: int = 16  # antithetic permutations of that split
     kinds: int = 3  # kinds of fact a group's discovery prompts may nominate, most frequent first
-    controls: int = 399  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
+    controls: int = 999  # matched controls of a removal test; p cannot fall below 1 / (controls + 1)
     steps: int = 5  # path integral of the screen
     alpha: float = 0.05  # false discovery rate of the flags
     least_effect: float = 0.1  # removal must move the behaviour by this share of max(|m|, |total effect|)

@@ -37,6 +37,7 @@ from mediation.statistics import bootstrap_interval
 from mediation.subject import SubjectModel
 
 COMPARED_IN = ("shaped", "mixed", "correlated", "twins", "flatterer")  # families with baselines
+CONTROLS = 399  # enough for the few claims of a planted world
 FORMAT = 1  # of an organism's file; raise it when scores change their meaning
 FALSE_POSITIVES = 0.05
 
@@ -156,7 +157,7 @@ def _scores(
         scored = score(
             Subject(model, world, dictionary, meta, found),
             prompt_rows(world, family, world.seed),
-            FactSettings(seed=world.seed),
+            FactSettings(seed=world.seed, controls=CONTROLS),
             tick,
             compare=family in COMPARED_IN,
             calibrate=family == "null",

@@ -222,7 +222,7 @@ def test_the_proof_shows_what_was_measured(full: Path, opened: Callable[..., Ope
     rows = [row for row in tab.rows() if row["prompt"] == best["prompt"]]
     removal = [float(row["value"]) for row in rows if row["row"] == "removal" and row["value"]]
     assert removal == pytest.approx([best["removal"]], rel=1e-3)
-    assert sum(row["row"] == "control" for row in rows) == 39
+    assert sum(row["row"] == "control" for row in rows) == 399
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8, 1.0])
