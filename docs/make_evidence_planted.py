@@ -23,8 +23,9 @@ Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, c
 method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
 planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
 Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
-been seen; that organism was discarded. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by,
-and more seeds and families come from,
+been seen; that organism was discarded. Of `flatterer` at seed 100 a training had been begun and stopped, and no
+figure seen. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families
+come from,
 
 ```bash
 mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json
