@@ -78,9 +78,10 @@ weights made in place (2.36 to 2.28 GB), returning freed memory to the system be
 
 ## A prompt of 2,048 tokens
 
-`mediation trace` with the six dictionaries of the pack, `--memory 8GB`, 4 steps, 8 exact patches a site: predicted
-peak {long_predicted:.2f} GB, measured {long_peak:.2f} GB, {long_minutes:.0f} minutes beside other programs. Most of the
-time is exact patching and path integrals, which run the model on all tokens for each.
+`mediation trace` with the six dictionaries of the pack, `--memory 8GB`, 2 steps, 2 exact patches a site, one thread
+beside other programs: predicted peak {long_predicted:.2f} GB; {long_peak:.2f} GB when it was stopped after
+{long_minutes:.0f} minutes, with node attribution, calibration and effects done and edges under way. The prediction is
+too high there, by more than the 15 % it keeps to on smaller models.
 """
 
 
