@@ -21,7 +21,8 @@ METHODS = {
 }
 TEXT = """# What a graph costs
 
-{machine}. Every ratio is measured side by side in one run, on the same nodes, after the edges have been compared with
+{machine}. Ratios are measured side by
+side in one run, on the same nodes, after the edges have been compared with
 ours (largest difference under 1e-4 of the largest edge).
 
 ## Edges
@@ -74,7 +75,7 @@ divisors of norms are held in both. Peaks hold model, transcoders and libraries.
 
 **Missed**: a third of the memory. Libraries, model and transcoders alone take 1.9 GB, a third of theirs is 1.8. Tried:
 weights made in place (2.36 to 2.28 GB), returning freed memory to the system before the run (60 MB), smaller chunks
-(8 in place of 32: 2.24 GB, and 1.5 times the time).
+(8 in place of 32: 2.24 GB).
 
 ## A prompt of 2,048 tokens
 
