@@ -327,16 +327,17 @@ def _turns(
 
 def _test(split: PromptSplit, meta: int, same_kind: Tensor, turns: Tensor) -> dict:
     """Steps 3 and 4 for one fact of one prompt; turns [controls, d] stand in for its direction."""
-    own = split.pooled.hidden(meta)
-    patches = torch.einsum("rt,nd->nrtd", split.pooled.coefficient[..., meta], turns)
+    surgeon, coefficient, own = split.surgeon, split.pooled.coefficient[..., meta], split.pooled.hidden(meta)
     counterpart = split.counterpart(same_kind)
     swapped = own if counterpart is None else own + split.pooled.hidden(counterpart)
-    effects = split.surgeon.effect(torch.cat([own[None], swapped[None], patches])).double().cpu().numpy()
-    removal, swap = float(effects[0]), float(effects[1])
-    clean = float(split.surgeon.clean)
+    removal, swap = surgeon.effect(torch.stack([own, swapped])).tolist()
+    # A forward pass at a time: the patches of all controls of a long prompt are gigabytes.
+    parts = (torch.einsum("rt,nd->nrtd", coefficient, part) for part in turns.split(surgeon.chunk))
+    null = torch.cat([surgeon.effect(part) for part in parts]).double().cpu().numpy()
+    clean = float(surgeon.clean)
     follows = (clean - swap) * clean < 0
     measured = {"removal": removal, "swap": swap, "swap_follows": follows, "counterpart": counterpart}
-    return measured | {"controls": np.abs(effects[2:]).tolist()}
+    return measured | {"controls": np.abs(null).tolist()}
 
 
 def _flags(
