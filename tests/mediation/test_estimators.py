@@ -238,3 +238,16 @@ def test_on_a_trained_model_ig_conserves_and_signs_hold(tmp_path: Path) -> None:
         (estimate,) = ESTIMATORS[estimator](model, batch, [part], EstimatorSettings(steps=8))
         same = estimate.latents[large].sign() == measured.latents[large].sign()
         assert same.float().mean() > 0.8, estimator
+
+
+def test_contraction_is_every_nodes_own_product_in_any_order(tmp_path: Path, dictionaries: list[Dictionary]) -> None:
+    """Against the formula, for nodes in shuffled order, and for none."""
+    model, batch = tiny(tmp_path), batch_of()
+    (state,) = site_states(model, batch, dictionaries[:1], Baseline.CORRUPT)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(state.x.shape, generator=generator)
+    mixed = state.subset(torch.randperm(len(state.row), generator=generator), state.free)
+    found = contract(mixed, gradient).latents
+    expected = mixed.delta * (gradient[mixed.row, mixed.position] * mixed.decoder[mixed.latent]).sum(-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(contract(state.subset(torch.zeros(0, dtype=torch.long), state.free), gradient).latents) == 0
