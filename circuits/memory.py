@@ -6,9 +6,10 @@ Algorithm
    matrices are the quadratic part, where the kernel keeps them) is what one sequence of any length holds. The
    probe's time is the time of a forward pass; the first prompt's latents say how many are on at a token.
 2. Predict. Each phase's bytes are a sum over what it holds at its peak: node attribution a whole batch's graph, the
-   sites' states, their latents and, a piece at a time, a dictionary's dense latents; exact patching `chunk` patched
-   sequences; fidelity the logits at all positions; edges the graph of a job's prompts, `chunk` gradients and the
-   gathered decoder rows. The peak is what the process holds already, what libraries add, and the largest phase.
+   sites' states, their latents and, a piece at a time, a dictionary's dense latents; exact patching the patched
+   sequences of the sample, fidelity the logits at all positions; edges the graph of a job's prompts, the gradients of
+   the targets (up to `chunk` sequences at once in either) and the gathered decoder rows. The peak is what the process
+   holds already, what libraries add, and the largest phase.
 3. Fit. The phase that is over the budget has its batch or its chunk halved, until all are under it. Neither changes
    a result (tests/circuits/test_memory.py), so only speed is traded.
 """
@@ -17,32 +18,35 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import ceil
 
 import psutil
 import torch
 from torch import Tensor
 
-from circuits.build import KEEP
-from circuits.edges import EMBEDDING_SITE, GATHERED
+from circuits.build import KEEP, KEPT_PART
+from circuits.edges import EMBEDDING_SITE, GATHERED, SEEDS
 from mediation.behaviours import keep_positions
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
+from mediation.estimators import Estimator
 from mediation.heads import Heads
 from mediation.nodes import ENCODE_TOKENS, first_free, free_positions
 from mediation.prompts import Baseline, Batch, Example, batches
 from mediation.sites import RESIDUAL, Site
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings
+from mediation.trace import Prepared, TraceSettings, role_of
 
 SHARE = 0.8  # of the free memory that is used where no budget is given
 PROBE = 64  # tokens of the probe's longer sequence
 FLOAT = 4
-LIBRARIES = 200 * 2**20  # what the libraries that write tables and graphs take once they are in use
+LIBRARIES = 250 * 2**20  # what the libraries that write tables and graphs take once they are in use
 EDGE = 200  # bytes of an edge in the tables of a batch
-AT = 2  # positions at which a latent of the graph is on in a prompt, as a guess
+ON = 0.1  # of a role's positions, at how many a latent of the graph is on, as a guess
 NODE = 300  # bytes of a latent node in states, scores and the tables of one site's shard
 DENSE = 7  # copies of a piece's dense latents while it is encoded
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -156,7 +160,8 @@ def predict(
     sites, chunk = len(dictionaries), settings.chunk
     longest = max(batch.clean.shape[1] for batch in prepared)
     working = _working(model)
-    states, attribution, patching, between = [], [], [], []
+    states, attribution, patching, between, turned = [], [], [], [], 0.0
+    total = sum(len(batch) for batch in prepared)
     for batch in prepared:
         rows, length = batch.clean.shape
         value = FLOAT * rows * length * width  # one site's value
@@ -168,14 +173,20 @@ def predict(
         states.append(own + 2 * sites * value + dense)
         graph = rows * probed.saved(length) + rows * length * working
         attribution.append(own + max(graph + 3 * rows * logits + sites * value, NODE * on))
-        patched = min(chunk, max(1, int(on)))
-        patching.append(own + patched * (length * (working + 4 * FLOAT * width) + 2 * logits))
+        patched = on
+        if settings.estimator is not Estimator.EXACT:
+            patched = ceil(settings.sample * max(1, sites / KEPT_PART) * rows / total)
+        patched = min(chunk, max(1, int(patched)))
+        patching.append(own + patched * (length * (working + (4 + sites) * FLOAT * width) + 2 * logits))
         share = _longest_stretch(model, dictionaries)
         job = min(rows, chunk)
         run = length - int(first_free(batch, free_positions(batch, settings.baseline)).min())
-        gradients = chunk * run * (working + 2 * FLOAT * width * _most_in_reach(dictionaries))
+        targets = settings.top * _positions_on(batch)  # of a site, in a prompt; of like position, up to the top
+        turns = max(1, min(chunk // job, settings.top, SEEDS // (run * width)))
+        gradients = turns * job * run * (working + 2 * FLOAT * width * _most_in_reach(dictionaries))
         rest = max(job * share * probed.saved(run) + gradients, graph + 3 * rows * logits)
-        tables = EDGE * KEEP * AT * settings.top * sites * rows
+        tables = EDGE * KEEP * targets * sites * rows
+        turned += batch.clean.numel() * targets
         between.append(own + (sites + 3) * value + max(rest + 2 * FLOAT * min(GATHERED, on * width), tables))
     first = len(prepared[0])
     fidelity = FLOAT * longest * (first + 2) * words + first * longest * working
@@ -187,9 +198,15 @@ def predict(
         "fidelity": fidelity,
     }
     tokens = sum(batch.clean.numel() for batch in prepared)
-    passes = 5 + sites * (3 * settings.steps + 1) + 4 * settings.top + 3 * settings.steps
+    passes = 5 + sites * (3 * settings.steps + 1) + 2 * settings.top + 3 * settings.steps
     sampled = 2 * sites * settings.sample * longest
-    return Cost(probed.seconds * (tokens * passes + sampled), before, phases)
+    return Cost(probed.seconds * (tokens * passes + 2 * turned + sampled), before, phases)
+
+
+def _positions_on(batch: Batch) -> float:
+    """At how many positions of a prompt a latent of the graph is on, as a guess: it is one node for all of a role's."""
+    roles = (Counter(role_of(example, at) for at in range(len(example))) for example in batch.examples)
+    return max(1.0, ON * max(max(each.values()) for each in roles))
 
 
 def _working(model: SubjectModel) -> int:

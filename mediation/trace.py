@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -90,6 +90,8 @@ def prepare(
     for dictionary in dictionaries:
         dictionary.check(model)
     examples = tokenize(prompts, model, baseline=settings.baseline, behaviour=settings.behaviour)
+    if len(prompts) == 1:
+        examples = [by_position(example) for example in examples]
     prepared = [batch.to(model.device) for batch in batches(examples, settings.batch_size)]
     means = None
     if settings.baseline is Baseline.MEAN:
@@ -204,6 +206,13 @@ def node_table(state: SiteState, scores: dict[Estimator, NodeScores], batch: Bat
     return table.group_by(NODE_KEYS, maintain_order=True).agg(
         pl.col("role", "token", "clean", "baseline").first(), *sums
     )
+
+
+def by_position(example: Example) -> Example:
+    """With a role of its own for every token that has none: one prompt alone need not be aligned with others."""
+    end = min(target[0] for target in example.targets)
+    roles = [role or (f"@{at}" if at < end else "") for at, role in enumerate(example.roles)]
+    return replace(example, roles=roles)
 
 
 def role_of(example: Example, position: int) -> str:

@@ -22,7 +22,16 @@ from mediation.prompts import Baseline, Half, PromptSet
 from mediation.runs import Run
 from mediation.sites import Site
 from mediation.subject import SubjectModel
-from mediation.trace import TraceSettings, error_warnings, prepare, prompt_ids, prompt_table, top_latents, trace
+from mediation.trace import (
+    TraceSettings,
+    error_warnings,
+    prepare,
+    prompt_ids,
+    prompt_table,
+    role_of,
+    top_latents,
+    trace,
+)
 from tests.setups import random_dictionary, tiny
 
 SITES = ("blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_mlp_out")
@@ -191,6 +200,19 @@ def test_tokens_and_roles_of_a_prompt_are_its_own(built: tuple[AttributionGraph,
     assert labels <= {"token 'w2'", "token 'w5'", "token 'w6'", "token 'w20'"}
     with pytest.raises(MediationError, match="no prompt 'row-9'; its ids are row-1, row-2, row-3, row-4"):
         prompt_graph(run, "row-9")
+
+
+def test_one_prompt_alone_keeps_its_positions(tmp_path: Path) -> None:
+    """Positions become roles so that prompts can be aligned; a single prompt has nothing to be aligned with."""
+    model, found = tiny(tmp_path / "model"), dictionaries(tmp_path)
+    rows = [ROWS[3] | {"roles": {"second": [3, 5]}}, ROWS[3]]
+    for given, some, other in ((rows[:1], {"@2", "@3", "second", "end"}, "rest"), (rows, {"rest", "end"}, "@2")):
+        prepared = prepare(PromptSet.from_rows(given), model, found, TraceSettings())
+        roles = {role_of(example, at) for example in prepared.batches[0].examples for at in range(len(example))}
+        assert some <= roles
+        assert other not in roles
+    graph, _ = run_of(tmp_path / "run", model, found, rows[:1], top=500)
+    assert {"@2", "@3", "second", "end"} <= {str(data["position"]) for _, data in graph.digraph.nodes(data=True)}
 
 
 def test_answers_of_several_tokens_make_one_graph_of_a_prompt(tmp_path: Path) -> None:
