@@ -286,6 +286,70 @@ def heads(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def negation(found: dict[str, Any]) -> dict[str, str]:
+    names = {name: name for name in next(iter(found["contrasts"].values()))["sets"]}
+    return {"negation": set_table(found["contrasts"], names)}
+
+
+def meaning(found: dict[str, Any]) -> dict[str, str]:
+    named = []
+    for site, ways in found["named"].items():
+        for way, each in ways.items():
+            preferred = ", ".join(number(value["value"]) for value in each["prefers the suggestion"].values())
+            named.append([f"block {site.split('.')[1]}", way, *(number(each[name]["value"]) for name in NAMED),
+                          *(shown(each[name]) for name in ("removal", "removal, control", "swap", "swap, control")),
+                          preferred])  # fmt: skip
+    hidden = []
+    for way, each in found["hidden"].items():
+        for kind in each["kinds"]:
+            hidden.append([way, f"{number(each['variance_explained'])}, {each['labelled']} of {each['width']}",
+                           kind["kind"], number(kind["hidden_share"]), shown(kind["removal"]),
+                           f"{number(kind['controls'])} ({number(kind['controls_95'])})", shown(kind["swap"]),
+                           number(kind["swap_follows"]["value"]), f"{number(kind['p'], 3)}, {number(kind['q'], 3)}",
+                           f"{kind['flagged']} of {kind['prompts']}"])  # fmt: skip
+    return {
+        "named": table(["site", "parts", "name the suggestion", "name the right answer", "name another's suggestion",
+                        "removal", "control", "swap", "control", "suggestion preferred"], named),
+        "hidden": table(["meta-latents", "variance explained, labelled", "kind", "hidden share", "removal",
+                         "controls: mean (95 %)", "swap", "swap follows", "p, q", "flagged"], hidden),
+    }  # fmt: skip
+
+
+NAMED = ("names the suggestion", "names the right answer", "names another's suggestion")
+
+
+def user(found: dict[str, Any]) -> dict[str, str]:
+    asked = {"letters": "by letter", "words": "in words"}
+    rows = [[title, found[name]] for name, title in asked.items()]
+    rows += [[f"controlled, {name}", each] for name, each in found["controlled"].items()]
+    quizzes = [
+        [title, str(each["biographies"]), str(each["prompts"]), shown(each["effect"]), number(each["items_up"]),
+         number(each["prefers_option_b"]), number(each["spread"])]
+        for title, each in rows
+    ]  # fmt: skip
+    parties = found["party"]
+    fields = list(next(iter(parties.values()))["fields"])
+    facts = [["liberal biography: behaviour", *(shown(each["liberal"]) for each in parties.values())]]
+    facts.append(["all facts exchanged", *(shown(each["all"]) for each in parties.values())])
+    for field in fields:
+        cells = [shown(each["fields"][field]) if field in each["fields"] else "-" for each in parties.values()]
+        facts.append([f"{field} exchanged", *cells])
+    sets_ = [
+        [name, *(f"{each['sets'][name]['nodes']:,}: {both(each['sets'][name])}" if name in each["sets"] else "-"
+         for each in parties.values())]
+        for name in next(iter(parties.values()))["sets"]
+    ]  # fmt: skip
+    heading = [f"politics {name}" for name in parties]
+    return {
+        "items": str(found["items"]),
+        "quiz": table(["biographies, answered", "biographies a side", "prompts", "conservative less liberal, nats",
+                       "questions up", "preference for (B)", "spread over questions"], quizzes),
+        "party": table(["", *heading], facts),
+        "party_sets": table(["nodes", *heading], sets_),
+        "people": str(next(iter(parties.values()))["people"]),
+    }  # fmt: skip
+
+
 # Plots -----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +427,7 @@ def make(results: dict[str, Any], folder: Path) -> None:
     matrix(results["sets"], results["heads"], folder)
     values = behaviours(results["behaviour"]) | graphs(results["graph"])
     values |= sets(results["sets"]) | heads(results["heads"])
+    values |= negation(results["negation"]) | meaning(results["meaning"]) | user(results["quiz"])
     values["seed"] = str(results["settings"]["seed"])
     minutes = sum(results[part]["cpu_seconds"] for part in results if part != "settings") / 60
     values["minutes"] = f"{minutes:.0f}"
