@@ -36,8 +36,9 @@ when nodes were still taken by signed attribution; |attribution| was chosen afte
 **In short.** Naming the wrong answer without claiming it costs part of the right answer's lead; claiming it costs much
 more. But the claim need not be the user's belief: said of nobody's mind ("Well, the capital of ...") it works as well,
 and only denial undoes it. This model follows unnegated statements; these data do not show that it defers to a user.
-100 nodes carry the difference between claiming and denying, on other countries and on another question. Copying is
-not carried so cleanly, and attention heads do not separate the two.
+100 nodes carry the difference between claiming and denying, on other countries, on another question, and under
+other words of denial. Copying is not carried so cleanly, and attention heads do not separate the two. Meta-latents add
+nothing here. Biographies do not move the political quiz at all, so there is nothing to attribute to facts about the user.
 
 ## What is copying?
 
@@ -132,11 +133,74 @@ Overlap of the sets:
 Stance heads carry stance (.96; .93) but also remove .48 of copying, more than copying's own heads do, and one random
 draw removes .46 of stance. Heads are not specific here; 20 of 270 at all places is a blunt intervention.
 
-## Not measured, and not shown
+## The same nodes under other words of denial
 
-- **Meta-latents** (does a part mean the suggested or the right answer, or that it is denied?), **negation in other
-  words** ("Nobody thinks ...") as a test of the latent above, and **the political quiz with biographies**: written as
-  parts of `run.py` and tested on tiny models, not yet run at full size. Nothing is claimed about them.
+Are the stance nodes those of "doubt", or of denial? Nodes were chosen where the first words are "I think" against
+"I doubt". On the same held-out countries, and then with first words that share neither the verb nor the person:
+
+{negation}
+
+The nodes carry over whole for removal and in three quarters for swap. One node, "is" of the claim at block 16 (the
+latent that promotes *nor*, *anymore*, *unless*), carries .14 of either effect alone. Copying nodes and matched others
+carry little. So these nodes are of denial, not of a word. Only "Nobody thinks" was tried.
+
+## What do meta-latents add?
+
+**Named parts.** At the answer position, does a latent or a part promote the suggested answer (among the tokens that its
+direction raises most, by the logit lens)? Share of prompts; another country's suggestion is chance. *Removal*: of the
+suggestion's effect, what goes with the parts that name it; *swap*: with a vector of the same length that raises the
+right answer; controls as in `meaning.py`. *Suggestion preferred*: clean, after removal, after swap, after its control.
+
+{named}
+
+Up to block 20 nothing names either answer above chance. At block 25 latents do (the right answer more often than the
+suggestion), and taking out those that name the suggestion moves a share of .06 of its effect. Meta-latents name nothing
+above chance anywhere, and move nothing.
+
+**Hidden facts.** Meta-latents of block 16, named by enrichment after the first sentence's stance or question on
+discovery countries, and put through the flag's own test (39 controls) on others:
+
+{hidden}
+
+Nothing is flagged: taking the named parts out moves less than turned ones do. **On this behaviour meta-latents add
+nothing to the latent graph.** Dictionaries of parts that explain .30 or .47 of the rows' variance, at the answer
+position only, are not much of a test; but no part of what is claimed above rests on them.
+
+## What the model knows of its user
+
+**Political quiz.** The {items} questions of Perez et al. 2022 after a biography of a conservative or a liberal user,
+both orders of the options averaged: behaviour is log p of the conservative option less that of the liberal one, and the
+effect of a biography the difference between sides. *Controlled*: one biography, in which only the political word, or
+all five facts, are exchanged; *preference for (B)* is what averaging over orders removes. Intervals over questions and
+biographies.
+
+{quiz}
+
+**Does it know its user at all?** Asked for the user's party ({people} held-out people in three wordings, other names
+and values than nodes were chosen on): log p(" Republican") - log p(" Democratic"), of the liberal biography, and what
+exchanging facts adds. With the political word in the biography (*stated*), and without:
+
+{party}
+
+Removal and swap of {set_size} nodes chosen on discovery people for exchanging all facts, and of as many at the tokens
+of one fact alone:
+
+{party_sets}
+
+- **The quiz shows no sycophancy to find.** By letter a biography moves the answer by .00 [-.02, .02] nats, where the
+  letter itself makes half a nat and questions differ by .10; in words by .10 [-.27, .51]. In the controlled biography
+  even the word *conservative* or *liberal* does nothing.
+- **The model hardly knows the user's party when it is asked.** The political word moves it by .48 [.45, .52], a hobby
+  by .34; all facts together by .70 [-.15, 1.55], of four people. Place and faith do nothing, or the wrong thing.
+- **Which facts enter?** For the party with the political word stated: nodes at that word's own tokens carry .68 of the
+  effect in removal and .94 in swap, those at any other fact's .07 and .23 at most, the 100 strongest anywhere .93 and
+  .59. Intervals of the shares are wide, since the effect is small in some people. Without the word the effect itself is
+  not told from zero (.14 [-.78, 1.06]), and the last column's shares mean nothing.
+- So facts about the user enter this model's answers where the prompt says nearly the answer, and not in the quiz. A
+  model that can be sycophantic to a biography is needed for more.
+
+## Not shown
+
 - One model of 135 M parameters, one template per condition, one seed; largest cities rest on 9 countries.
 - Places are aligned by role; what a node means was judged by the logit lens only.
 """

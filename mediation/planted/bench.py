@@ -191,7 +191,8 @@ def _family(name: str, organisms: list[dict[str, Any]]) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for each in per_seed for one in each for key in one))
     result["figures"] = {key: _over_seeds([_mean([one.get(key) for one in each]) for each in per_seed]) for key in keys}
     tests = [test for each in by_seed.values() for one in each for test in one["tests"]]
-    result["p"] = sorted(p for each in by_seed.values() for one in each for p in one.get("p", []))
+    for key in ("p", "size"):
+        result[key] = [value for each in by_seed.values() for one in each for value in one.get(key, [])]
     result["tests"] = len(tests)
     result["q_flagged"] = sum(test["q"] <= FactSettings().alpha for test in tests)
     roc = [point for each in by_seed.values() for one in each for point in one["evidence"]]

@@ -117,7 +117,9 @@ def labels_of(subject: Subject, decomposition: Decomposition, least_score: float
 def score(
     subject: Subject, rows: list[dict[str, Any]], settings: FactSettings, tick: Tick, *, compare: bool, calibrate: bool
 ) -> dict[str, Any]:
-    """Steps 2 to 6; 7 where `compare`. `calibrate`: also p of every attribute under every claim, without nomination."""
+    """Steps 2 to 6; 7 where `compare`. `calibrate`: also p of every attribute under every claim, without nomination,
+    and how far its removals move the behaviour, as a share of it.
+    """
     model, world = subject.model, subject.world
     labels = labels_of(subject, subject.meta, LEAST_SCORE)
     people = sorted({row["subject"] for row in rows})
@@ -151,7 +153,9 @@ def score(
     if calibrate:
         groups = sorted({row["group"] for row in rows})
         every = find({group: list(world.attributes) for group in groups}).drop_nulls("removal")
-        result["p"] = every.unique(["group", "kind"]).sort("group", "kind")["p"].to_list()
+        size = pl.col("removal").abs().mean() / pl.col("behaviour").abs().mean()
+        tests = every.group_by("group", "kind").agg(pl.col("p").first(), size.alias("size")).sort("group", "kind")
+        result |= {"p": tests["p"].to_list(), "size": tests["size"].to_list()}
     return result
 
 
