@@ -38,7 +38,7 @@ more. But the claim need not be the user's belief: said of nobody's mind ("Well,
 and only denial undoes it. This model follows unnegated statements; these data do not show that it defers to a user.
 100 nodes carry the difference between claiming and denying, on other countries, on another question, and under
 other words of denial. Copying is not carried so cleanly, and attention heads do not separate the two. Meta-latents add
-nothing here. Biographies do not move the political quiz at all, so there is nothing to attribute to facts about the user.
+nothing here. Biographies do not move the political quiz, so nothing there can be attributed to facts about the user.
 
 ## What is copying?
 
