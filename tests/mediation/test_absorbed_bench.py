@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
@@ -16,14 +17,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mediation.absorbed import anomalies, bench, coordination
-from mediation.absorbed.bench import SPELLING, AbsorptionSettings, run_absorption
+from mediation.absorbed.bench import SPELLING, AbsorptionSettings, Inputs, run_absorption
 from mediation.absorbed.concepts import FAMILIES
 from mediation.absorbed.contexts import single_tokens
 from mediation.absorbed.coordination import WORDINGS, Worded
 from mediation.absorbed.letters import measure_letters, spell
+from mediation.absorbed.relatedness import ENOUGH, NEAR, find_text, relations
 from mediation.absorbed.tables import tables
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
@@ -134,7 +137,8 @@ def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkey
     rng = random.Random(0)
     words = vocabulary()[4:]
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(rng.choices(words, k=40)) for _ in range(400)))
+    lines = [" ".join(rng.choices(kind, k=40)) for _ in range(200) for kind in (words, SPELT, SPELT, SPELT)]
+    text.write_text("\n".join(lines))
     (tmp_path / "data" / SPELLING.parent).mkdir(parents=True)
     rows = [json.dumps({"word": word, "first": word[0]}) for word in SPELT]
     (tmp_path / "data" / SPELLING).write_text("\n".join(rows))
@@ -144,8 +148,8 @@ def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkey
         per_letter=30, judged=20, wordings=2, text_tokens=3_000, grid=((64, 8), (128, 8)), grid_tokens=3_000,
         grid_epochs=4, meta=(64, 2, 20),
     )  # fmt: skip
-    given: dict[str, Any] = {"data": tmp_path / "data", "texts": [text], "settings": settings}
-    found = run_absorption(model, [dictionary], {dictionary.name: meta}, **given)
+    inputs = Inputs(model, [dictionary], {dictionary.name: meta}, tmp_path / "data", [text])
+    found = run_absorption(inputs, settings)
     again = json.loads(json.dumps(found, allow_nan=False))
     assert [table.title for table in tables(again)]
     (letters,) = found["letters"]["sites"]
@@ -160,12 +164,50 @@ def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkey
     assert wordings["country"]["same fact"] == {"pairs": 0}
     assert wordings["country"]["another country"]["pairs"] > 50
     (odd,) = found["anomalies"]["sites"]
-    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= anomalies.TOP
+    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= settings.large
     with pytest.raises(MediationError, match="need --text"):
-        run_absorption(model, [dictionary], {}, **given | {"texts": []})
+        run_absorption(replace(inputs, texts=[]), settings)
     with pytest.raises(MediationError, match="no part 'letter'"):
         AbsorptionSettings(parts=("letter",))
     assert bench.quick_settings(0, bench.PARTS).judged < settings.per_letter
+
+
+def test_latents_about_a_task_are_told_from_others(model: SubjectModel, tmp_path: Path) -> None:
+    """One latent for all countries of the family, one for words with an a, one for France alone, one for a word that
+    always stands right before a country, and one for a word that stands anywhere.
+    """
+    rng = random.Random(0)
+    names = list(FAMILIES[0].concepts[0].members)
+    plain = [word for word in SPELT if word not in ("a0", "b0")]
+
+    def line(k: int) -> str:
+        words = rng.choices(plain, k=100)
+        words[rng.randrange(100)] = "b0"
+        if k % 2:
+            at = rng.randrange(10, 90)
+            words[at - 1 : at + 1] = ["a0", "France" if k % 4 == 1 else rng.choice(names)]
+        return " ".join(words)
+
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(line(k) for k in range(1200)))
+    embedding = model.module.get_input_embeddings().weight.detach()
+    words = ("France", "a0", "b0")
+    own = torch.cat([embedding[model.encode(word)[-1:]] for word in words])
+    encoder = torch.cat([torch.eye(D)[[CONCEPTS[0], 0]], normalize(own, dim=1)])
+    bias = torch.tensor([-1.0, -1.0, *(0.505 - own.norm(dim=1)).tolist()])
+    dictionary = planted(tmp_path / "sae", encoder, encoder, bias, SITE)
+    text = find_text(model, [file], names, 20_000)
+    assert text.windows.shape == text.near.shape
+    assert 0.4 < text.near.any(1).float().mean() < 0.6
+    assert text.near.sum(1).max() <= 5 * (2 * NEAR + 1)
+    found = relations(model, [dictionary], text)[SITE]
+    assert found.contexts[2] == ENOUGH  # France is met no oftener, and alone of all countries
+    assert found.peaks[:ENOUGH, 2].tolist() == model.encode("France")[-1:] * ENOUGH
+    assert found.related.tolist() == [True, False, True, True, False]
+    assert found.unrelated.tolist() == [False, True, False, False, True]
+    assert found.share[[0, 2]].tolist() == [1.0, 1.0]
+    with pytest.raises(MediationError, match="names of countries"):
+        find_text(model, [file], ["Atlantis"], 20_000)
 
 
 def test_single_tokens(model: SubjectModel) -> None:
