@@ -124,7 +124,8 @@ pairs) are about the task is judged by the contexts in which they fire most stro
 window, in {tokens:,} tokens of text of which half the windows hold one of {words} task words (names of countries,
 capitals and languages, "capital", "city"): *near* is the share of them within {near} tokens of a task word, {base} for
 tokens at random. *Related*: .5 or more, p <= .05 against random contexts. *Anomalous*: p > .05. A latent that is on in
-fewer than {least} windows is not judged. This was settled before any latent's parts were looked at.
+fewer than {least} windows is not judged. This was settled before its result was seen; that an earlier screen, an area
+under the ROC curve over all task words of less than .55, had left 0 of 97 anomalous latents explained was known.
 
 *Shared*: the latent's strongest part is one that a related latent has as well (*by chance*: the mean share of its other
 parts that are). *Beyond controls*: taking that part out exactly, on other countries, moves the answer as the latent

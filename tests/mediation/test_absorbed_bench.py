@@ -6,8 +6,10 @@ SmolLM2 needs minutes; `mediation bench absorption` measures it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from mediation.subject import SubjectModel
 from tests.mediation.test_absorbed import planted
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
+DOCS = Path(__file__).parents[2] / "docs"
 SITE = Site.parse("blocks.0.hook_resid_pre")  # x is the embedding there
 PER_LETTER, D = 60, 320
 SPELT = [f"{letter}{k}" for k in range(PER_LETTER) for letter in ascii_lowercase]
@@ -131,6 +134,27 @@ def all_right(ask: Callable[..., Worded]) -> Callable[..., Worded]:
     return asked
 
 
+def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What docs/make_evidence_absorption.py writes into `folder`."""
+    spec = importlib.util.spec_from_file_location("make_absorption", DOCS / "make_evidence_absorption.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "DOCS", folder)
+    monkeypatch.setattr(script, "STORE", folder / "evidence" / "absorption.json")
+    monkeypatch.setattr("sys.argv", ["make_evidence_absorption.py", *map(str, results)])
+    script.main()
+    return (folder / "evidence-absorption.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evidence").mkdir()
+    shutil.copy(DOCS / "evidence" / "absorption.json", tmp_path / "evidence")
+    assert page(tmp_path, [], monkeypatch) == (DOCS / "evidence-absorption.md").read_text(encoding="utf-8")
+    assert all((DOCS / plot.name).exists() for plot in tmp_path.glob("*.svg"))
+
+
 def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (coordination, anomalies):
         monkeypatch.setattr(module, "ask_wording", all_right(coordination.ask_wording))
@@ -165,6 +189,10 @@ def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkey
     assert wordings["country"]["another country"]["pairs"] > 50
     (odd,) = found["anomalies"]["sites"]
     assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= settings.large
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    written = page(tmp_path, [tmp_path / "result.json"], monkeypatch)
+    assert f"| block 0 | country | related | {odd['country']['related']['latents']} of " in written
+    assert f"| kinds, in sentences | {kinds['all']['present']['value']:.2f} (" in written
     with pytest.raises(MediationError, match="need --text"):
         run_absorption(replace(inputs, texts=[]), settings)
     with pytest.raises(MediationError, match="no part 'letter'"):
