@@ -11,7 +11,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from mediation.absorbed import anomalies, bench, coordination
+from mediation import commands
+from mediation.absorbed import anomalies, coordination
 from mediation.absorbed.bench import SPELLING, AbsorptionSettings, Inputs, run_absorption
 from mediation.absorbed.concepts import FAMILIES
 from mediation.absorbed.contexts import single_tokens
@@ -30,6 +30,7 @@ from mediation.absorbed.coordination import WORDINGS, Worded
 from mediation.absorbed.letters import measure_letters, spell
 from mediation.absorbed.relatedness import ENOUGH, NEAR, find_text, relations
 from mediation.absorbed.tables import tables
+from mediation.cli import main
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import MetaDictionary
@@ -155,7 +156,10 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, mon
     assert all((DOCS / plot.name).exists() for plot in tmp_path.glob("*.svg"))
 
 
-def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_runs_every_part(
+    model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands.SubjectModel, "load", classmethod(lambda *_args, **_options: model))
     for module in (coordination, anomalies):
         monkeypatch.setattr(module, "ask_wording", all_right(coordination.ask_wording))
     rng = random.Random(0)
@@ -167,37 +171,38 @@ def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkey
     rows = [json.dumps({"word": word, "first": word[0]}) for word in SPELT]
     (tmp_path / "data" / SPELLING).write_text("\n".join(rows))
     dictionary = letters_dictionary(tmp_path / "sae", True)
-    meta = MetaDictionary.train(dictionary.decoder, width=64, k=2, steps=20, restarts=1)
-    settings = AbsorptionSettings(
-        per_letter=30, judged=20, wordings=2, text_tokens=3_000, grid=((64, 8), (128, 8)), grid_tokens=3_000,
-        grid_epochs=4, meta=(64, 2, 20),
+    meta = MetaDictionary.train(
+        dictionary.decoder, width=64, k=2, steps=20, restarts=1, base_hash=dictionary.content_hash
+    )
+    meta.save(tmp_path / "meta")
+    main(
+        ["bench", "absorption", "--model", "planted", "--saes", str(tmp_path / "sae"), "--meta", str(tmp_path / "meta"),
+         "--data", str(tmp_path / "data"), "--text", str(text), "--quick", "--json"]
     )  # fmt: skip
-    inputs = Inputs(model, [dictionary], {dictionary.name: meta}, tmp_path / "data", [text])
-    found = run_absorption(inputs, settings)
-    again = json.loads(json.dumps(found, allow_nan=False))
-    assert [table.title for table in tables(again)]
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] < 180
+    assert [table.title for table in tables(found)]
     (letters,) = found["letters"]["sites"]
     assert set(letters["flags"]) >= {"meta-dictionary of rows in use", "probe directions"}
     (concepts,) = found["concepts"]["sites"]
-    kinds = concepts["families"]["kinds, in sentences"]
+    kinds = concepts["families"]["kinds, asked for"]
     assert kinds["all"]["present"]["value"] > 0.95  # their axis is in the embedding, and held-out members have it
     assert kinds["all"]["silent"]["value"] == 0  # and the dictionary has a latent for it
-    assert [each["width"] for each in found["concepts"]["grid"]] == [64, 128]
+    assert [each["width"] for each in found["concepts"]["grid"]] == [512, 512]
     (wordings,) = found["wordings"]["sites"]
     # At the embedding a country reads the same in any wording: there is no pair whose latents could differ.
     assert wordings["country"]["same fact"] == {"pairs": 0}
     assert wordings["country"]["another country"]["pairs"] > 50
     (odd,) = found["anomalies"]["sites"]
-    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= settings.large
+    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= odd["country"]["large"]
     (tmp_path / "result.json").write_text(json.dumps(found))
     written = page(tmp_path, [tmp_path / "result.json"], monkeypatch)
     assert f"| block 0 | country | related | {odd['country']['related']['latents']} of " in written
-    assert f"| kinds, in sentences | {kinds['all']['present']['value']:.2f} (" in written
+    assert f"| kinds, asked for | {kinds['all']['present']['value']:.2f} (" in written
     with pytest.raises(MediationError, match="need --text"):
-        run_absorption(replace(inputs, texts=[]), settings)
+        run_absorption(Inputs(model, [dictionary], {}, tmp_path / "data", []), AbsorptionSettings())
     with pytest.raises(MediationError, match="no part 'letter'"):
         AbsorptionSettings(parts=("letter",))
-    assert bench.quick_settings(0, bench.PARTS).judged < settings.per_letter
 
 
 def test_latents_about_a_task_are_told_from_others(model: SubjectModel, tmp_path: Path) -> None:
