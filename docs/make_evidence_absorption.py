@@ -153,6 +153,10 @@ SHORT = {
     "anomalies": """4. Of latents that matter for a task and look unrelated to it, {anomalous} are explained by a part
    that they share with related latents; of those themselves, {related}.""",
 }
+SIZES = """
+
+Sizes differ: blocks 3 and 8 were measured with 400 words and three rules, blocks 12 and 16 in an earlier run with
+160 words and the default rule alone, without a meta-dictionary of the rows in use and its null."""
 EARLIER = """
 The check of anomalies is built and tested on a planted dictionary, and has not been run with its present screen of what
 is related to a task (`mediation/absorbed/relatedness.py`). Under an earlier, coarser screen, an area under the ROC
@@ -167,10 +171,7 @@ hardly any named meta-latent has a carrier: nothing can then fall silent, the hi
 effect is positive, and the flag says "used", not "hidden". With the nearest rows as carriers even the probes' own
 directions, which know the letters, reach no more than .74; the meta-latents, which explain a quarter to a third of the
 rows' variance, likely leave the small letter part of an absorbing latent to the residual. Absorption itself is there by
-both definitions, early, and fades with depth; shares are over words, not averaged over letters.
-
-Sizes differ: blocks 3 and 8 were measured with 400 words and three rules, blocks 12 and 16 in an earlier run with
-160 words and the default rule alone, without a meta-dictionary of the rows in use and its null.""",
+both definitions, early, and fades with depth; shares are over words, not averaged over letters.""",
     "concepts": """**By site.** Kinds of words (countries, months, numbers, professions, feelings) are hardly ever
 silent while used: .06 at block 3, .01 or less from block 8 on. Finer concepts are another matter early: at block 3 own
 latents are silent at a sixth of names and a third of nouns whose gender is used, and at a third of countries whose
@@ -282,7 +283,7 @@ def letters(part: dict[str, Any]) -> str:
         refused="".join(f"\nNo figure at {each}.\n" for each in refused),
         examples=examples,
         flags=flags,
-        verdict=VERDICTS["letters"],
+        verdict=VERDICTS["letters"] + (SIZES if len({site["judged"] for site in measured}) > 1 else ""),
     )
 
 
