@@ -675,9 +675,9 @@ def bench_absorption_command(
     settings = bench.quick_settings(seed, parts) if quick else bench.AbsorptionSettings(seed, parts)
     model = SubjectModel.load(source.model, device=source.device)
     dictionaries, by_site = _with_metas(source, inputs["metas"], model)
-    given = {"data": inputs["data"], "texts": inputs["texts"], "settings": settings}
+    measured = bench.Inputs(model, dictionaries, by_site, inputs["data"], inputs["texts"])
     with report.stages("absorption", quiet) as show:
-        result = bench.run_absorption(model, dictionaries, by_site, **given, progress=show)
+        result = bench.run_absorption(measured, settings, show)
     if not quiet:
         for table in tables.tables(result):
             report.console.print(table)

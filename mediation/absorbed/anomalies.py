@@ -4,10 +4,10 @@
    country's, the other country being the contrast. Countries are split in halves, of discovery and of evaluation. All
    is done at one place at a time, the country's token or the last one.
 2. Discovery pairs: attribution of latent i, A_i = (f_i - f'_i) (g . w_i), g the mean gradient on the path between both
-   residuals. *Large*: the `TOP` latents with the largest mean |A_i|.
-3. On a text, each large latent's area under the ROC curve for tokens that are task words (one-word names of countries,
-   capitals, languages), or that stand before one, whichever is larger. *Anomalous*: below `UNRELATED`; *related*: at
-   least `RELATED`. No latent is picked by hand.
+   residuals. *Large*: the latents with the largest mean |A_i|.
+3. *Related* and *anomalous* (unrelated) large latents: by the contexts in which they fire on a text
+   (`mediation.absorbed.relatedness`). Task words: one-word names of countries, capitals and languages, and the
+   question's own words. No latent is picked by hand.
 4. Parts: w_i = b + sum_j z_ij u_j + r_i. Latent i's strongest part is the j with the largest |sum over pairs of
    (f_i - f'_i) z_ij (g . u_j)|, on discovery pairs. *Shared*: at least one related large latent has it too. By chance:
    the share of the latent's other parts that are shared.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,20 +28,20 @@ import torch
 from torch import Tensor
 
 from mediation.absorbed.coordination import PLACES, WORDINGS, Worded, ask_wording
-from mediation.absorbed.scores import rank_areas, share
-from mediation.contexts import judged, text_windows, window_length
+from mediation.absorbed.relatedness import WORD, Relation
+from mediation.absorbed.scores import share
 from mediation.dictionaries import Dictionary
 from mediation.metalatents import Decomposition
 from mediation.realfacts.bench import of_length
-from mediation.realfacts.questions import Entities, countries, topics
+from mediation.realfacts.questions import countries, topics
 from mediation.sites import Site
 from mediation.statistics import permutation_p
 from mediation.subject import SubjectModel
 
-TOP, UNRELATED, RELATED = 32, 0.55, 0.6
 DISCOVERY_PAIRS, EVALUATION_PAIRS, CONTROLS, STEPS = 32, 5, 19, 3
 SHORT = 3  # letters of a word that is not taken for a task word
 HALF, ALPHA = 0.5, 0.05
+SHOWN = 5  # peaks of a latent that are given
 
 
 @dataclass
@@ -54,63 +53,43 @@ class Pairs:
 
 
 @dataclass
-class Text:
-    """x [n, d] by site on tokens of a text; which tokens are task words, and which stand before one [n]."""
+class Task:
+    """Step 1, and the task words of step 3."""
 
-    x: dict[Site, Tensor]
-    is_word: np.ndarray
-    is_next: np.ndarray
+    worded: Worded
+    discovery: Pairs
+    evaluation: Pairs
+    words: frozenset[str]
 
 
-def ask_task(model: SubjectModel, sites: Sequence[Site], seed: int = 0) -> tuple[Entities, Worded, Pairs, Pairs]:
-    """Step 1: the task and its pairs of discovery and of evaluation."""
+def ask_task(model: SubjectModel, sites: Sequence[Site], seed: int = 0) -> Task:
+    """The task, with x at the sites and pairs of discovery and of evaluation."""
     entities = of_length(topics()["countries"], countries(), model)
-    task = ask_wording(model, entities, "capital", WORDINGS["capital"][0], sites)
+    wording = WORDINGS["capital"][0]
+    worded = ask_wording(model, entities, "capital", wording, sites)
     generator = torch.Generator().manual_seed(seed)
-    known = task.right.nonzero()[:, 0]
+    known = worded.right.nonzero()[:, 0]
     known = known[torch.randperm(len(known), generator=generator)]
     half = len(known) // 2
-    return entities, task, _draw(task, known[:half], DISCOVERY_PAIRS), _draw(task, known[half:], EVALUATION_PAIRS * 3)
+    names = [*entities.names, *(v for q in ("capital", "language") for v in entities.values[q] if v is not None)]
+    words = [*names, *WORD.findall(wording)]
+    return Task(
+        worded,
+        _draw(worded, known[:half], DISCOVERY_PAIRS),
+        _draw(worded, known[half:], EVALUATION_PAIRS * 3),
+        frozenset(word for word in words if len(word) > SHORT and WORD.fullmatch(word)),
+    )
 
 
-def _draw(task: Worded, known: Tensor, most: int) -> Pairs:
+def _draw(worded: Worded, known: Tensor, most: int) -> Pairs:
     pairs = [
         (int(a), int(b))
         for step in range(1, len(known))
         for a, b in zip(known, known.roll(step), strict=True)
-        if task.answers[a] != task.answers[b]
+        if worded.answers[a] != worded.answers[b]
     ][:most]
     clean, other = torch.tensor(pairs).view(-1, 2).T
     return Pairs(clean, other)
-
-
-@torch.no_grad()
-def read_text(model: SubjectModel, sites: Sequence[Site], paths: Sequence[Path], entities: Entities, n: int) -> Text:
-    """Step 3: `n` tokens of text files, first tokens and attention sinks left out."""
-    names = {*entities.names, *(v for q in ("capital", "language") for v in entities.values[q] if v is not None)}
-    words = {name for name in names if len(name) > SHORT and " " not in name}
-    is_task = torch.tensor([model.tokenizer.decode([t]).strip() in words for t in range(model.vocab_size)])
-    x: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    here, after, seen = [], [], 0
-    held: list[list[int]] = []
-    for window in text_windows(model, paths, 0):
-        held.append(window)
-        seen += window_length(model)
-        if len(held) == 16 or seen >= n:
-            tokens = torch.tensor(held)
-            values = model.forward(tokens.to(model.device), read=sites, logits=False).sites
-            kept = torch.stack([judged(values[site], tokens, model.bos_id).cpu() for site in sites]).all(0)
-            kept[:, -1] = False  # what comes next is not known
-            for site in sites:
-                x[site].append(values[site][kept].cpu())
-            here.append(is_task[tokens][kept])
-            after.append(is_task[tokens.roll(-1, 1)][kept])
-            held = []
-        if seen >= n:
-            break
-    return Text(
-        {site: torch.cat(parts) for site, parts in x.items()}, torch.cat(here).numpy(), torch.cat(after).numpy()
-    )
 
 
 @dataclass
@@ -140,89 +119,92 @@ def strongest_part(latent: int, codes: Tensor, effects: Tensor, related: Sequenc
 
 
 def measure_anomalies(
+    model: SubjectModel,
     dictionary: Dictionary,
     meta: Decomposition,
-    task: Worded,
-    discovery: Pairs,
-    evaluation: Pairs,
-    text: Text,
+    task: Task,
+    relation: Relation,
+    *,
+    large: int,
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Steps 2 to 5 at one site and both places."""
-    result: dict[str, Any] = {"site": dictionary.site.name, "text_tokens": len(text.is_word)}
-    result["task_words"] = int(text.is_word.sum())
+    """Steps 2 to 5 at one site and both places, for the `large` latents of largest attribution at each."""
+    result: dict[str, Any] = {
+        "site": dictionary.site.name,
+        "all_latents": {
+            "judged": int(relation.judged.sum()),
+            "related": share(relation.related[relation.judged]),
+            "unrelated": share(relation.unrelated[relation.judged]),
+        },
+    }
     for place in PLACES:
         progress(place)
-        result[place] = _at(dictionary, meta, task, discovery, evaluation, text, place, seed)
+        found = _at(dictionary, meta, task, relation, place, large, seed)
+        for case in found["cases"]:
+            case["peaks"] = [model.tokenizer.decode([token]) for token in case["peaks"]]
+        result[place] = found
     return result
 
 
 def _at(
-    dictionary: Dictionary,
-    meta: Decomposition,
-    task: Worded,
-    discovery: Pairs,
-    evaluation: Pairs,
-    text: Text,
-    place: str,
-    seed: int,
+    dictionary: Dictionary, meta: Decomposition, task: Task, relation: Relation, place: str, large: int, seed: int
 ) -> dict[str, Any]:
-    site = dictionary.site
-    x = task.x[place][site].cpu()
-    tokens = task.answers[task.answers >= 0].unique()
+    site, worded, discovery = dictionary.site, task.worded, task.discovery
+    x = worded.x[place][site].cpu()
+    tokens = worded.answers[worded.answers >= 0].unique()
     latents = dictionary.encode(x)
     gradient = torch.zeros(len(discovery.clean), x.shape[1])
     for step in range(STEPS):
         at = x[discovery.other] + (step + 0.5) / STEPS * (x[discovery.clean] - x[discovery.other])
-        weights = _margin(task, discovery, tokens)
-        gradient += task.context.gradient(site, discovery.clean, at, weights, tokens, PLACES[place]).cpu() / STEPS
+        weights = _margin(worded, discovery, tokens)
+        gradient += worded.context.gradient(site, discovery.clean, at, weights, tokens, PLACES[place]).cpu() / STEPS
     delta = latents[discovery.clean] - latents[discovery.other]
     attribution = delta * (gradient @ dictionary.decoder.T)
-    large = attribution.abs().mean(0).topk(TOP).indices
-    relation = np.maximum(*(_areas(dictionary, large, text, site, mark) for mark in (text.is_word, text.is_next)))
-    anomalous = [row for row in range(TOP) if relation[row] < UNRELATED]
-    related = [row for row in range(TOP) if relation[row] >= RELATED]
-    codes = meta.codes(dictionary.decoder[large], large)
+    chosen = attribution.abs().mean(0).topk(large).indices
+    here = relation.of(chosen)
+    kinds = {"anomalous": here.unrelated.nonzero()[0].tolist(), "related": here.related.nonzero()[0].tolist()}
+    codes = meta.codes(dictionary.decoder[chosen], chosen)
     pulls = gradient @ meta.directions.T
     generator = torch.Generator().manual_seed(seed)
-    cases: dict[str, list[dict[str, Any]]] = {"anomalous": [], "related": []}
-    for kind, rows in (("anomalous", anomalous), ("related", related)):
+    cases: list[dict[str, Any]] = []
+    for kind, rows in kinds.items():
         for row in rows:
-            effects = (delta[:, large[row], None] * codes[row] * pulls).sum(0)
-            part = strongest_part(row, codes, effects, related)
+            latent = int(chosen[row])
+            effects = (delta[:, latent, None] * codes[row] * pulls).sum(0)
+            part = strongest_part(row, codes, effects, kinds["related"])
             case: dict[str, Any] = {
-                "latent": int(large[row]),
-                "attribution": float(attribution[:, large[row]].abs().mean()),
-                "relation": float(relation[row]),
+                "kind": kind,
+                "latent": latent,
+                "attribution": float(attribution[:, latent].abs().mean()),
+                "contexts": int(here.contexts[row]),
+                "near": float(here.share[row]),
+                "p_near": float(here.p[row]),
+                "peaks": [token for token in here.peaks[:SHOWN, row].tolist() if token >= 0],
             }
             if part is not None:
                 case |= {"meta": part.meta, "sharers": part.sharers, "chance": part.chance}
-                moves = evaluation, latents[:, large[row]], part.code
-                case |= _removal(dictionary, meta, task, moves, (int(large[row]), part.meta), place, tokens, generator)
-            cases[kind].append(case)
+                moves = task.evaluation, latents[:, latent], part.code
+                case |= _removal(dictionary, meta, worded, moves, (latent, part.meta), place, tokens, generator)
+            cases.append(case)
     return {
-        "total_attribution_of_large": float(attribution[:, large].abs().sum() / attribution.abs().sum()),
-        **{kind: _summary(found) for kind, found in cases.items()},
-        "cases": cases["anomalous"],
+        "total_attribution_of_large": float(attribution[:, chosen].abs().sum() / attribution.abs().sum()),
+        "large": len(chosen),
+        "not_judged": int((~here.judged).sum()),
+        **{kind: _summary([case for case in cases if case["kind"] == kind]) for kind in kinds},
+        "cases": cases,
     }
 
 
-def _margin(task: Worded, pairs: Pairs, tokens: Tensor) -> Tensor:
-    right, wrong = (task.answers[side][:, None] == tokens for side in (pairs.clean, pairs.other))
+def _margin(worded: Worded, pairs: Pairs, tokens: Tensor) -> Tensor:
+    right, wrong = (worded.answers[side][:, None] == tokens for side in (pairs.clean, pairs.other))
     return right.float() - wrong.float()
-
-
-@torch.no_grad()
-def _areas(dictionary: Dictionary, large: Tensor, text: Text, site: Site, mark: np.ndarray) -> np.ndarray:
-    values = torch.cat([dictionary.encode(part)[:, large] for part in text.x[site].split(1024)])
-    return rank_areas(values.double().numpy(), mark)
 
 
 def _removal(
     dictionary: Dictionary,
     meta: Decomposition,
-    task: Worded,
+    worded: Worded,
     moves: tuple[Pairs, Tensor, float],
     which: tuple[int, int],
     place: str,
@@ -236,13 +218,13 @@ def _removal(
     if not len(rows):
         return {"pairs": 0}
     here = Pairs(pairs.clean[rows], pairs.other[rows])
-    x, delta = task.x[place][dictionary.site].cpu()[here.clean], change[rows][:, None]
+    x, delta = worded.x[place][dictionary.site].cpu()[here.clean], change[rows][:, None]
     drawn = torch.randint(dictionary.d_sae, (CONTROLS,), generator=generator)
     taken = [torch.zeros_like(x), delta * dictionary.decoder[which[0]], delta * code * meta.directions[which[1]]]
     taken += [delta * code * dictionary.decoder[latent] for latent in drawn.tolist()]
     changed = torch.cat([x - each for each in taken])
-    logits = task.context.logits(dictionary.site, here.clean.repeat(len(taken)), changed, tokens, PLACES[place]).cpu()
-    margins = (logits * _margin(task, here, tokens).repeat(len(taken), 1)).sum(1).view(len(taken), -1)
+    logits = worded.context.logits(dictionary.site, here.clean.repeat(len(taken)), changed, tokens, PLACES[place]).cpu()
+    margins = (logits * _margin(worded, here, tokens).repeat(len(taken), 1)).sum(1).view(len(taken), -1)
     falls = (margins[0] - margins[1:]).mean(1)
     whole, own, controls = float(falls[0]), float(falls[1]), falls[2:].numpy()
     sign = np.sign(whole) or 1.0

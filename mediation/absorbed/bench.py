@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mediation.absorbed.anomalies import ask_task, measure_anomalies, read_text
+from mediation.absorbed.anomalies import ask_task, measure_anomalies
 from mediation.absorbed.beyond import Case, Words, find_cases, measure_dictionary
 from mediation.absorbed.beyond import read_words as read_family
 from mediation.absorbed.concepts import FAMILIES
 from mediation.absorbed.coordination import ask_wordings, measure_coordination
 from mediation.absorbed.letters import measure_letters, spell
+from mediation.absorbed.relatedness import find_text, relations
 from mediation.absorbed.scores import plain
 from mediation.absorption import read_words
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import Decomposition, MetaDictionary, rotated
 from mediation.quality import held_out_figures
+from mediation.sites import Site
 from mediation.subject import SubjectModel
 from mediation.training.activations import collect_activations, shuffled_batches, windows
 from mediation.training.saes import SAESettings, train_sae
@@ -43,9 +45,9 @@ WINDOW, BATCH, META_BATCH = 128, 1024, 512
 
 @dataclass(frozen=True)
 class AbsorptionSettings:
-    """Sizes: training and test words of a letter, words judged, wordings of a question, tokens of text read; the grid
-    of (width, k) trained at the middle site, its tokens and epochs; meta-dictionary of the rows in use: width, k,
-    steps.
+    """Sizes: training and test words of a letter, words judged, families of concepts, wordings of a question; large
+    latents of a task, tokens of text read for them; the grid of (width, k) trained at the middle site, its tokens and
+    epochs; meta-dictionary of the rows in use: width, k, steps.
     """
 
     seed: int = 0
@@ -54,7 +56,8 @@ class AbsorptionSettings:
     judged: int = 400
     families: int = len(FAMILIES)
     wordings: int = 6
-    text_tokens: int = 24_000
+    large: int = 32
+    text_tokens: int = 64_000
     grid: tuple[tuple[int, int], ...] = ((1024, 32), (2048, 32), (8192, 32), (2048, 16), (2048, 64))
     grid_tokens: int = 150_000
     grid_epochs: int = 3
@@ -69,29 +72,42 @@ class AbsorptionSettings:
 def quick_settings(seed: int, parts: tuple[str, ...]) -> AbsorptionSettings:
     """Sizes that show that all works, in under three minutes; their figures say little."""
     return AbsorptionSettings(
-        seed, parts, per_letter=24, judged=24, families=1, wordings=2, text_tokens=4_000,
+        seed, parts, per_letter=24, judged=24, families=1, wordings=2, large=4, text_tokens=4_000,
         grid=((512, 16), (512, 32)), grid_tokens=8_000, grid_epochs=1, meta=(128, 2, 50),
     )  # fmt: skip
 
 
-def run_absorption(
-    model: SubjectModel,
-    dictionaries: Sequence[Dictionary],
-    metas: Mapping[str, MetaDictionary],
-    *,
-    data: Path | None,
-    texts: Sequence[Path],
-    settings: AbsorptionSettings,
-    progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
-) -> dict[str, Any]:
-    """The parts asked for, at every dictionary's site; metas by the dictionary's name.
+@dataclass(frozen=True)
+class Inputs:
+    """What is measured, and with what; metas by the dictionary's name.
 
     data holds spelling/ (and pararel/, for more wordings); texts are read for the grid and the anomalies.
     """
+
+    model: SubjectModel
+    dictionaries: Sequence[Dictionary]
+    metas: Mapping[str, MetaDictionary]
+    data: Path | None
+    texts: Sequence[Path]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [dictionary.site for dictionary in self.dictionaries]
+
+
+Show = Callable[[str], None]
+
+
+def run_absorption(
+    inputs: Inputs,
+    settings: AbsorptionSettings,
+    progress: Callable[[str, int, int], None] = lambda stage, done, of: None,
+) -> dict[str, Any]:
+    """The parts asked for, at every dictionary's site."""
     started = time.perf_counter()
-    if "letters" in settings.parts and (data is None or not (data / SPELLING).exists()):
+    if "letters" in settings.parts and (inputs.data is None or not (inputs.data / SPELLING).exists()):
         raise MediationError(f"First letters need {SPELLING} in the folder of --data; give it, or other parts.")
-    if {"concepts", "anomalies"} & {*settings.parts} and not texts:
+    if {"concepts", "anomalies"} & {*settings.parts} and not inputs.texts:
         raise MediationError("The grid of dictionaries and the anomalies need --text; give a file, or other parts.")
     measures = {"letters": _letters, "concepts": _concepts, "wordings": _wordings, "anomalies": _anomalies}
     result: dict[str, Any] = {}
@@ -101,34 +117,24 @@ def run_absorption(
             progress(f"{part}: {stage}", number, len(settings.parts))
 
         before = time.perf_counter()
-        found = measures[part](model, dictionaries, metas, data, texts, settings, show)
+        found = measures[part](inputs, settings, show)
         result[part] = found | {"seconds": time.perf_counter() - before, "settings": asdict(settings)}
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return plain({"model": model.name, **result, "machine": machine, "seconds": time.perf_counter() - started})
+    return plain({"model": inputs.model.name, **result, "machine": machine, "seconds": time.perf_counter() - started})
 
 
-Show = Callable[[str], None]
-
-
-def _letters(
-    model: SubjectModel,
-    dictionaries: Sequence[Dictionary],
-    metas: Mapping[str, MetaDictionary],
-    data: Path | None,
-    texts: Sequence[Path],
-    settings: AbsorptionSettings,
-    show: Show,
-) -> dict[str, Any]:
-    assert data is not None
-    sites = [dictionary.site for dictionary in dictionaries]
-    words = read_words(data / SPELLING)
-    spelling = spell(model, words, sites, per_letter=settings.per_letter, seed=settings.seed, progress=show)
+def _letters(inputs: Inputs, settings: AbsorptionSettings, show: Show) -> dict[str, Any]:
+    assert inputs.data is not None
+    words = read_words(inputs.data / SPELLING)
+    spelling = spell(
+        inputs.model, words, inputs.sites, per_letter=settings.per_letter, seed=settings.seed, progress=show
+    )
     width, k, steps = settings.meta
     found = []
-    for dictionary in dictionaries:
+    for dictionary in inputs.dictionaries:
 
         def decompositions(rows: Tensor, name: str = dictionary.name) -> dict[str, Decomposition]:
-            given = {"given meta-dictionary": metas[name]} if name in metas else {}
+            given = {"given meta-dictionary": inputs.metas[name]} if name in inputs.metas else {}
             alike: dict[str, Any] = {
                 "width": width,
                 "k": k,
@@ -151,30 +157,21 @@ def _letters(
     return {"sites": found}
 
 
-def _concepts(
-    model: SubjectModel,
-    dictionaries: Sequence[Dictionary],
-    metas: Mapping[str, MetaDictionary],
-    data: Path | None,
-    texts: Sequence[Path],
-    settings: AbsorptionSettings,
-    show: Show,
-) -> dict[str, Any]:
-    sites = [dictionary.site for dictionary in dictionaries]
+def _concepts(inputs: Inputs, settings: AbsorptionSettings, show: Show) -> dict[str, Any]:
     families: list[Words] = []
     for family in FAMILIES[: settings.families]:
         show(family.name)
-        families.append(read_family(model, family, sites, settings.seed))
-    middle = dictionaries[len(dictionaries) // 2]
+        families.append(read_family(inputs.model, family, inputs.sites, settings.seed))
+    middle = inputs.dictionaries[len(inputs.dictionaries) // 2]
     by_site, grid = [], []
-    for dictionary in dictionaries:
+    for dictionary in inputs.dictionaries:
         show(dictionary.site.name)
         cases: list[tuple[Words, Sequence[Case]]] = [
             (words, find_cases(words, dictionary.site, settings.seed)) for words in families
         ]
         by_site.append(measure_dictionary(dictionary, cases))
         if dictionary is middle:
-            grid = _grid(model, dictionary, cases, texts, settings, show)
+            grid = _grid(inputs, dictionary, cases, settings, show)
     members = {
         words.family.name: {
             each.name: int((words.concept == number).sum()) for number, each in enumerate(words.family.concepts)
@@ -185,19 +182,18 @@ def _concepts(
 
 
 def _grid(
-    model: SubjectModel,
+    inputs: Inputs,
     beside: Dictionary,
     cases: Sequence[tuple[Words, Sequence[Case]]],
-    texts: Sequence[Path],
     settings: AbsorptionSettings,
     show: Show,
 ) -> list[dict[str, Any]]:
     """Dictionaries of other widths and sparsities, trained from the same activations in the same order."""
     show("activations for the grid")
     site = beside.site
-    source = windows(documents_of(texts, settings.seed), model, WINDOW)
+    source = windows(documents_of(inputs.texts, settings.seed), inputs.model, WINDOW)
     held = settings.grid_tokens // 20
-    x = collect_activations(model, source, [site], n_tokens=settings.grid_tokens + held).x[site].float()
+    x = collect_activations(inputs.model, source, [site], n_tokens=settings.grid_tokens + held).x[site].float()
     unseen, x = x[:held], x[held:]
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -206,55 +202,46 @@ def _grid(
             steps = settings.grid_epochs * len(x) // BATCH
             chosen = SAESettings(d_sae=width, k=k, steps=max(steps, 1), normalize=True, seed=settings.seed)
             batches = shuffled_batches(x, BATCH, seed=settings.seed)
-            path = train_sae(batches, Path(folder) / f"{width}-{k}", chosen, site=site, model_name=model.name)
+            path = train_sae(batches, Path(folder) / f"{width}-{k}", chosen, site=site, model_name=inputs.model.name)
             dictionary = Dictionary.load(path)
             measured = measure_dictionary(dictionary, cases)
             found.append({"k": k, "on_text": held_out_figures(dictionary, unseen), **measured})
     return found
 
 
-def _wordings(
-    model: SubjectModel,
-    dictionaries: Sequence[Dictionary],
-    metas: Mapping[str, MetaDictionary],
-    data: Path | None,
-    texts: Sequence[Path],
-    settings: AbsorptionSettings,
-    show: Show,
-) -> dict[str, Any]:
+def _wordings(inputs: Inputs, settings: AbsorptionSettings, show: Show) -> dict[str, Any]:
     show("reading")
-    pararel = data if data is not None and (data / "pararel").is_dir() else None
-    _, worded = ask_wordings(model, [each.site for each in dictionaries], pararel, settings.wordings)
+    data = inputs.data if inputs.data is not None and (inputs.data / "pararel").is_dir() else None
+    _, worded = ask_wordings(inputs.model, inputs.sites, data, settings.wordings)
     found = []
-    for dictionary in dictionaries:
+    for dictionary in inputs.dictionaries:
         show(dictionary.site.name)
         found.append(measure_coordination(dictionary, worded, settings.seed))
     asked = [{"question": each.question, "wording": each.wording, "right": int(each.right.sum())} for each in worded]
     return {"wordings": asked, "sites": found}
 
 
-def _anomalies(
-    model: SubjectModel,
-    dictionaries: Sequence[Dictionary],
-    metas: Mapping[str, MetaDictionary],
-    data: Path | None,
-    texts: Sequence[Path],
-    settings: AbsorptionSettings,
-    show: Show,
-) -> dict[str, Any]:
-    with_meta = [each for each in dictionaries if each.name in metas]
-    if not with_meta:
+def _anomalies(inputs: Inputs, settings: AbsorptionSettings, show: Show) -> dict[str, Any]:
+    measured = [each for each in inputs.dictionaries if each.name in inputs.metas]
+    if not measured:
         raise MediationError("Anomalies are explained by parts; give --meta, or other parts of the benchmark.")
-    sites = [each.site for each in with_meta]
-    entities, task, discovery, evaluation = ask_task(model, sites, settings.seed)
+    show("the task")
+    task = ask_task(inputs.model, [each.site for each in measured], settings.seed)
     show("text")
-    text = read_text(model, sites, texts, entities, settings.text_tokens)
+    text = find_text(inputs.model, inputs.texts, task.words, settings.text_tokens)
+    related = relations(inputs.model, measured, text, settings.seed)
     found = []
-    for dictionary in with_meta:
+    for dictionary in measured:
 
         def at(stage: str, name: str = dictionary.site.name) -> None:
             show(f"{name}, {stage}")
 
-        meta = metas[dictionary.name]
-        found.append(measure_anomalies(dictionary, meta, task, discovery, evaluation, text, settings.seed, at))
-    return {"pairs": {"discovery": len(discovery.clean), "evaluation": len(evaluation.clean)}, "sites": found}
+        meta, relation = inputs.metas[dictionary.name], related[dictionary.site]
+        found.append(
+            measure_anomalies(
+                inputs.model, dictionary, meta, task, relation, large=settings.large, seed=settings.seed, progress=at
+            )
+        )
+    pairs = {"discovery": len(task.discovery.clean), "evaluation": len(task.evaluation.clean)}
+    read = {"tokens": text.windows.numel(), "near": float(text.near.float().mean()), "task_words": len(task.words)}
+    return {"pairs": pairs, "text": read, "sites": found}

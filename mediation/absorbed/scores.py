@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Figure = dict[str, float | int | None]
 FEW = 5  # positives or negatives below which no area under the curve is given
@@ -72,14 +71,6 @@ def precision_recall(flagged: ArrayLike, truth: ArrayLike) -> dict[str, Figure]:
     """Precision and recall of `flagged` [n] for `truth` [n], with intervals over the n."""
     flags, is_true = np.asarray(flagged, dtype=bool), np.asarray(truth, dtype=bool)
     return {"precision": share(flags & is_true, flags), "recall": share(flags & is_true, is_true)}
-
-
-def rank_areas(values: NDArray[np.float64], member: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Area under the ROC curve of every column of `values` [n, m] for `member` [n]: [m]."""
-    inside = int(member.sum())
-    outside = len(member) - inside
-    ranks = stats.rankdata(values, axis=0)
-    return (ranks[member].sum(0) - inside * (inside + 1) / 2) / max(inside * outside, 1)
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,8 @@ from mediation.absorbed.concepts import FAMILIES, Concept, Family
 from mediation.absorbed.contexts import END, Context, InContext
 from mediation.absorbed.coordination import missing_latents
 from mediation.absorbed.letters import absorbed_full, absorbed_v1, carriers, pooled_effects
-from mediation.absorbed.scores import auc, precision_recall, rank_areas, share
+from mediation.absorbed.relatedness import CONTEXTS, LEAST, Peaks, Text, relation
+from mediation.absorbed.scores import auc, precision_recall, share
 from mediation.dictionaries import Dictionary
 from mediation.sites import Site
 from tests.setups import tiny
@@ -48,7 +49,6 @@ class TestScores:
         found = auc(score, truth)
         assert found["value"] == pytest.approx(np.mean(pairs))
         assert found["low"] < found["value"] < found["high"]
-        assert rank_areas(np.stack([score, -score], 1), truth) == pytest.approx([np.mean(pairs), 1 - np.mean(pairs)])
 
     def test_too_few_positives_give_no_area(self) -> None:
         assert auc([1, 2, 3, 4, 5, 6], [True, False, False, False, False, False])["value"] is None
@@ -294,3 +294,57 @@ class TestStrongestPart:
 
     def test_without_parts(self) -> None:
         assert strongest_part(3, self.codes, torch.zeros(4), [0, 1]) is None
+
+
+class TestRelation:
+    """300 windows of 20 tokens, a tenth of which are near a task word."""
+
+    W, T = 300, 20
+
+    @pytest.fixture
+    def text(self) -> Text:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.arange(self.W * self.T).view(self.W, self.T)
+        return Text(tokens, torch.rand(self.W, self.T, generator=generator) < 0.1)
+
+    def test_peaks_are_the_strongest_token_of_the_strongest_windows(self, text: Text) -> None:
+        values = torch.rand(self.W, self.T, 3, generator=torch.Generator().manual_seed(1))
+        values[LEAST + 2 :, :, 2] = 0.0  # on in a few windows only
+        peaks = Peaks(3)
+        for part in values.split(7):
+            peaks.add(part)
+        kept = torch.ones(self.W, self.T, dtype=torch.bool)
+        found = relation(peaks, text, kept)
+        assert found.contexts.tolist() == [CONTEXTS, CONTEXTS, LEAST + 2]
+        for latent, n in enumerate(found.contexts.tolist()):
+            best, position = values[:, :, latent].max(1)
+            windows = best.topk(n).indices
+            assert peaks.value[:n, latent].tolist() == best[windows].tolist()
+            assert found.share[latent] == text.near[windows, position[windows]].float().mean()
+            assert found.peaks[:n, latent].tolist() == text.windows[windows, position[windows]].tolist()
+
+    def test_latents_that_fire_at_random_are_unrelated(self, text: Text) -> None:
+        generator = torch.Generator().manual_seed(2)
+        rate = torch.logspace(-3, -0.3, 2000)  # of a token on which a latent is on
+        peaks = Peaks(2000)
+        for _ in range(10):
+            values = torch.rand(30, self.T, 2000, generator=generator)
+            peaks.add(values * (torch.rand(values.shape, generator=generator) < rate))
+        found = relation(peaks, text, torch.ones(self.W, self.T, dtype=torch.bool))
+        assert found.judged.sum() > 1500
+        assert (found.p[found.judged] <= 0.05).mean() <= 0.055  # p is valid; counts of hits are discrete, so often less
+        assert found.related[found.judged].mean() <= 0.002  # three of five contexts, now and then
+        assert found.unrelated[found.judged].mean() >= 0.945
+        assert (found.p[~found.judged] > 0).all()
+
+    def test_tokens_that_do_not_count_are_not_drawn(self, text: Text) -> None:
+        peaks = Peaks(1)
+        values = torch.zeros(self.W, self.T, 1)
+        values[:10, 5] = 1.0
+        peaks.add(values)
+        text.near[:, 5] = True
+        everything = torch.ones(self.W, self.T, dtype=torch.bool)
+        assert relation(peaks, text, everything).related.all()
+        only = torch.zeros_like(everything)
+        only[:, 5] = True
+        assert relation(peaks, text, only).unrelated.all()  # all tokens that count are near: its are as any others

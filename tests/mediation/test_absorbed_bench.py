@@ -6,8 +6,10 @@ SmolLM2 needs minutes; `mediation bench absorption` measures it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
@@ -16,15 +18,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from mediation.absorbed import anomalies, bench, coordination
-from mediation.absorbed.bench import SPELLING, AbsorptionSettings, run_absorption
+from mediation import commands
+from mediation.absorbed import anomalies, coordination
+from mediation.absorbed.bench import SPELLING, AbsorptionSettings, Inputs, run_absorption
 from mediation.absorbed.concepts import FAMILIES
 from mediation.absorbed.contexts import single_tokens
 from mediation.absorbed.coordination import WORDINGS, Worded
 from mediation.absorbed.letters import measure_letters, spell
+from mediation.absorbed.relatedness import ENOUGH, NEAR, find_text, relations
 from mediation.absorbed.tables import tables
+from mediation.cli import main
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.metalatents import MetaDictionary
@@ -34,6 +40,7 @@ from mediation.subject import SubjectModel
 from tests.mediation.test_absorbed import planted
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
+DOCS = Path(__file__).parents[2] / "docs"
 SITE = Site.parse("blocks.0.hook_resid_pre")  # x is the embedding there
 PER_LETTER, D = 60, 320
 SPELT = [f"{letter}{k}" for k in range(PER_LETTER) for letter in ascii_lowercase]
@@ -128,44 +135,112 @@ def all_right(ask: Callable[..., Worded]) -> Callable[..., Worded]:
     return asked
 
 
-def test_every_part_runs_and_is_json(model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What docs/make_evidence_absorption.py writes into `folder`."""
+    spec = importlib.util.spec_from_file_location("make_absorption", DOCS / "make_evidence_absorption.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "DOCS", folder)
+    monkeypatch.setattr(script, "STORE", folder / "evidence" / "absorption.json")
+    monkeypatch.setattr("sys.argv", ["make_evidence_absorption.py", *map(str, results)])
+    script.main()
+    return (folder / "evidence-absorption.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evidence").mkdir()
+    shutil.copy(DOCS / "evidence" / "absorption.json", tmp_path / "evidence")
+    assert page(tmp_path, [], monkeypatch) == (DOCS / "evidence-absorption.md").read_text(encoding="utf-8")
+    assert all((DOCS / plot.name).exists() for plot in tmp_path.glob("*.svg"))
+
+
+def test_quick_runs_every_part(
+    model: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands.SubjectModel, "load", classmethod(lambda *_args, **_options: model))
     for module in (coordination, anomalies):
         monkeypatch.setattr(module, "ask_wording", all_right(coordination.ask_wording))
     rng = random.Random(0)
     words = vocabulary()[4:]
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(rng.choices(words, k=40)) for _ in range(400)))
+    lines = [" ".join(rng.choices(kind, k=40)) for _ in range(200) for kind in (words, SPELT, SPELT, SPELT)]
+    text.write_text("\n".join(lines))
     (tmp_path / "data" / SPELLING.parent).mkdir(parents=True)
     rows = [json.dumps({"word": word, "first": word[0]}) for word in SPELT]
     (tmp_path / "data" / SPELLING).write_text("\n".join(rows))
     dictionary = letters_dictionary(tmp_path / "sae", True)
-    meta = MetaDictionary.train(dictionary.decoder, width=64, k=2, steps=20, restarts=1)
-    settings = AbsorptionSettings(
-        per_letter=30, judged=20, wordings=2, text_tokens=3_000, grid=((64, 8), (128, 8)), grid_tokens=3_000,
-        grid_epochs=4, meta=(64, 2, 20),
+    meta = MetaDictionary.train(
+        dictionary.decoder, width=64, k=2, steps=20, restarts=1, base_hash=dictionary.content_hash
+    )
+    meta.save(tmp_path / "meta")
+    main(
+        ["bench", "absorption", "--model", "planted", "--saes", str(tmp_path / "sae"), "--meta", str(tmp_path / "meta"),
+         "--data", str(tmp_path / "data"), "--text", str(text), "--quick", "--json"]
     )  # fmt: skip
-    given: dict[str, Any] = {"data": tmp_path / "data", "texts": [text], "settings": settings}
-    found = run_absorption(model, [dictionary], {dictionary.name: meta}, **given)
-    again = json.loads(json.dumps(found, allow_nan=False))
-    assert [table.title for table in tables(again)]
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] < 180
+    assert [table.title for table in tables(found)]
     (letters,) = found["letters"]["sites"]
     assert set(letters["flags"]) >= {"meta-dictionary of rows in use", "probe directions"}
     (concepts,) = found["concepts"]["sites"]
-    kinds = concepts["families"]["kinds, in sentences"]
+    kinds = concepts["families"]["kinds, asked for"]
     assert kinds["all"]["present"]["value"] > 0.95  # their axis is in the embedding, and held-out members have it
     assert kinds["all"]["silent"]["value"] == 0  # and the dictionary has a latent for it
-    assert [each["width"] for each in found["concepts"]["grid"]] == [64, 128]
+    assert [each["width"] for each in found["concepts"]["grid"]] == [512, 512]
     (wordings,) = found["wordings"]["sites"]
     # At the embedding a country reads the same in any wording: there is no pair whose latents could differ.
     assert wordings["country"]["same fact"] == {"pairs": 0}
     assert wordings["country"]["another country"]["pairs"] > 50
     (odd,) = found["anomalies"]["sites"]
-    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= anomalies.TOP
+    assert odd["country"]["anomalous"]["latents"] + odd["country"]["related"]["latents"] <= odd["country"]["large"]
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    written = page(tmp_path, [tmp_path / "result.json"], monkeypatch)
+    assert f"| block 0 | country | related | {odd['country']['related']['latents']} of " in written
+    assert f"| kinds, asked for | {kinds['all']['present']['value']:.2f} (" in written
     with pytest.raises(MediationError, match="need --text"):
-        run_absorption(model, [dictionary], {}, **given | {"texts": []})
+        run_absorption(Inputs(model, [dictionary], {}, tmp_path / "data", []), AbsorptionSettings())
     with pytest.raises(MediationError, match="no part 'letter'"):
         AbsorptionSettings(parts=("letter",))
-    assert bench.quick_settings(0, bench.PARTS).judged < settings.per_letter
+
+
+def test_latents_about_a_task_are_told_from_others(model: SubjectModel, tmp_path: Path) -> None:
+    """One latent for all countries of the family, one for words with an a, one for France alone, one for a word that
+    always stands right before a country, and one for a word that stands anywhere.
+    """
+    rng = random.Random(0)
+    names = list(FAMILIES[0].concepts[0].members)
+    plain = [word for word in SPELT if word not in ("a0", "b0")]
+
+    def line(k: int) -> str:
+        words = rng.choices(plain, k=100)
+        words[rng.randrange(100)] = "b0"
+        if k % 2:
+            at = rng.randrange(10, 90)
+            words[at - 1 : at + 1] = ["a0", "France" if k % 4 == 1 else rng.choice(names)]
+        return " ".join(words)
+
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(line(k) for k in range(1200)))
+    embedding = model.module.get_input_embeddings().weight.detach()
+    words = ("France", "a0", "b0")
+    own = torch.cat([embedding[model.encode(word)[-1:]] for word in words])
+    encoder = torch.cat([torch.eye(D)[[CONCEPTS[0], 0]], normalize(own, dim=1)])
+    bias = torch.tensor([-1.0, -1.0, *(0.505 - own.norm(dim=1)).tolist()])
+    dictionary = planted(tmp_path / "sae", encoder, encoder, bias, SITE)
+    text = find_text(model, [file], names, 20_000)
+    assert text.windows.shape == text.near.shape
+    assert 0.4 < text.near.any(1).float().mean() < 0.6
+    assert text.near.sum(1).max() <= 5 * (2 * NEAR + 1)
+    found = relations(model, [dictionary], text)[SITE]
+    assert found.contexts[2] == ENOUGH  # France is met no oftener, and alone of all countries
+    assert found.peaks[:ENOUGH, 2].tolist() == model.encode("France")[-1:] * ENOUGH
+    assert found.related.tolist() == [True, False, True, True, False]
+    assert found.unrelated.tolist() == [False, True, False, False, True]
+    assert found.share[[0, 2]].tolist() == [1.0, 1.0]
+    with pytest.raises(MediationError, match="names of countries"):
+        find_text(model, [file], ["Atlantis"], 20_000)
 
 
 def test_single_tokens(model: SubjectModel) -> None:
