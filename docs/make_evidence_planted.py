@@ -1,8 +1,14 @@
-"""Writes docs/evidence-planted.md and its plots from docs/evidence/planted.json."""
+"""Writes docs/evidence-planted.md and its plots from docs/evidence/planted.json.
+
+python docs/make_evidence_planted.py [RESULT.json ...]: results of `mediation bench planted ... --json` are joined into
+docs/evidence/planted.json first, over what it had: family by family, and organism by organism. The area under the ROC
+curve of all families together is that of the file with the most families, since it cannot be made from its parts.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +20,25 @@ import numpy as np
 from scipy import stats
 
 DOCS = Path(__file__).parent
+STORE = DOCS / "evidence" / "planted.json"
+PLANNED = 10  # seeds
 TEXT = """# Planted facts: is the fact that a flag names the fact that was used?
 
 Small models are trained in worlds where it is known which fact decides a reply. The method is shown prompts and a
 dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
 Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
 `scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
-method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
-planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
+method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}; planned were {planned}.
+Families without any result yet: {missing}.** With few seeds an interval says little: with one, nothing.
 Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
 been seen; that organism was discarded. Of `flatterer` at seed 100 a training had been begun and stopped, and no
 figure seen. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families
 come from,
 
 ```bash
-mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json
+mediation bench planted --families FAMILIES --seeds FIRST-LAST --work WORK --json > RESULT.json
 python -m tests.mediation.test_removal {simulated_runs} > docs/evidence/planted-simulation.json
-python docs/make_evidence_planted.py
+python docs/make_evidence_planted.py RESULT.json ...
 ```
 
 {families}
@@ -122,9 +130,43 @@ FAMILIES = {
     "overt": "a dictionary in which each fact has a latent that fires",
     "two": "two facts decide together",
     "flatterer": "an assistant; two things the user owns imply what is never said",
+    "names": "first and last name; facts are looked up for the pair, nothing is made linear",
 }
 WAYS = ("meta-latents", "top latent", "nearest row", "matching pursuit", "meta-SAE of turned rows", "directions turned",
         "sparse meta-SAE", "facts known (bound)")  # fmt: skip
+
+
+def joined(files: list[Path]) -> dict[str, Any]:
+    """What is stored, with `files` over it; stored again if there are any."""
+    stored: dict[str, Any] = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
+    stored.setdefault("pooled", list(stored.get("families", {})))
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        worlds = {each["world"] for each in result["organisms"]}
+        kept = [each for each in stored.get("organisms", []) if each["world"] not in worlds]
+        families = stored.get("families", {}) | result["families"]
+        pooled = {"evidence": result["evidence"], "pooled": list(result["families"])}
+        if len(pooled["pooled"]) < len(stored["pooled"]):
+            pooled = {name: stored[name] for name in pooled}
+        stored = {
+            "families": {name: families[name] for name in FAMILIES if name in families},
+            "organisms": kept + result["organisms"],
+        } | pooled
+    if files:
+        STORE.write_text(json.dumps(stored) + "\n", encoding="utf-8")
+    return stored
+
+
+def seeds_run(result: dict[str, Any]) -> tuple[str, str]:
+    """Seeds that were run, passed or not, and how many: of most worlds, and of those that had others."""
+    seeds: dict[str, list[int]] = {}
+    for each in result["organisms"]:
+        seeds.setdefault(each["world"], []).append(each["seed"])
+    sets = {world: tuple(sorted(each)) for world, each in seeds.items()}
+    most = max(sets.values(), key=list(sets.values()).count)
+    other = {world: each for world, each in sets.items() if each != most}
+    spelled = ", ".join(map(str, most)) + "".join(f"; of `{w}` {', '.join(map(str, s))}" for w, s in other.items())
+    return spelled, str(len(most)) + "".join(f", of `{world}` {len(each)}" for world, each in other.items())
 
 
 def number(value: float | None) -> str:
@@ -174,7 +216,7 @@ def compare_plot(result: dict[str, Any], families: list[str], path: Path) -> Non
                 figure = result["families"][family]["figures"].get(f"compared.{way}.{key}")
                 if figure is None:
                     continue
-                y = place + 0.3 - 0.15 * offset
+                y = place + 0.35 - 0.14 * offset
                 axis.plot([figure["low"], figure["high"]], [y, y], color=f"C{offset}", linewidth=1)
                 axis.plot(
                     figure["value"], y, "o", markersize=4, color=f"C{offset}", label=family if place == 0 else None
@@ -210,7 +252,7 @@ def rows(families: dict[str, Any], names: list[str], *keys: str) -> list[list[st
 
 def main() -> None:
     folder = DOCS / "evidence"
-    result = json.loads((folder / "planted.json").read_text(encoding="utf-8"))
+    result = joined([Path(each) for each in sys.argv[1:]])
     simulated = json.loads((folder / "planted-simulation.json").read_text(encoding="utf-8"))
     plt.rcParams["svg.hashsalt"] = "latent-mediation"
     families = result["families"]
@@ -231,18 +273,20 @@ def main() -> None:
         [way, *(shown(families[name], f"compared.{way}.{key}") for name in compared for key in ("attribute", "value"))]
         for way in WAYS
     ]
-    curves = {"all together": result["evidence"]} | {name: families[name]["roc"] for name in scored}
+    apart = [name for name in families if name not in result["pooled"]]
+    together = f"all but {', '.join(apart)}" if apart else "all together"
+    curves = {together: result["evidence"]} | {name: families[name]["roc"] for name in scored}
     roc = [
         [name, str(each["used"]), str(each["unused"]), *(number(each[key]) for key in ("area", "precision", "recall"))]
         for name, each in curves.items()
         if each["area"] is not None
     ]
-    seeds = result["seeds"]
+    seeds, n_seeds = seeds_run(result)
     filled = TEXT.format(
         commit=", ".join(sorted({str(each["commit"])[:12] for each in result["organisms"]})),
-        seeds=", ".join(map(str, seeds)),
-        seeds_option=f"{seeds[0]}-{seeds[-1]}",
-        n_seeds=len(seeds),
+        seeds=seeds,
+        n_seeds=n_seeds,
+        planned=PLANNED,
         families=table(["family", "what it is", "organisms that passed"],
                        [[n, FAMILIES[n], f"{f['passed']} of {f['organisms']}"] for n, f in families.items()]),
         made=made(result),
