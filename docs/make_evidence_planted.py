@@ -45,13 +45,16 @@ python docs/make_evidence_planted.py RESULT.json ...
 
 ## How easy this is
 
-The worlds are easier than a language model, in four ways that the figures inherit. A subject is one token, and its
-facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 % noise.
+All worlds but `names` are easier than a language model, in four ways that their figures inherit. A subject is one
+token, and its facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 %
+noise.
 Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the model
 has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not even
 with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
 narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims
 or another dictionary.
+
+{names}
 
 ## Is the planted truth true?
 
@@ -114,6 +117,40 @@ Tried before, in such simulations: the sign of the total effect as direction, wi
 .11 to .15 of null tests at p at most .05. Half of the controls from the span of the dictionary's rows, which hold
 the tested fact too: with 199 controls .26 of used facts were found (60 runs), with 999 .78 to .87 (12 runs).
 """
+NAMES = """### A family in which nothing is made linear
+
+In `names` a person is a first and a last name, 24 of each. All embeddings begin at random, and facts are drawn for the
+pair, so that the model has to look them up: from the embeddings of both names together, ridge regression reads off
+{before} of the values of held-out persons; chance is .12. A token attends to itself and the one before it only. What a
+claim's token learns of the first name it therefore learns from the last name's, where the dictionary sits, between
+blocks 0 and 1: the residual there carries {carried} of the total effect of exchanging one person for another, and
+regression reads off {decoded} of the values. So facts are looked up before other tokens read them, and they are there
+to be read linearly. The dictionary is begun at one latent a person, as in the other families.
+
+*Held out* means less here: nobody whose prompts are scored is among the rows that the meta-dictionary was trained on,
+or among the persons that names were made from, but the model was trained on claims about everybody, for nothing about a
+pair can be inferred. So the causal check says that the model knows the facts, not that reply and recall use one fact.
+
+**The method does not find these facts.** The factored search found any in {factored} of {organisms} organisms; else a
+sparse meta-SAE (60 meta-latents, 6 a row) stands in. Of its meta-latents {labels} an organism got a name. The strongest
+part was named by the attribute that decides in {attribute} of the prompts, and by another kind in {misnamed}; it had no
+name in {abstained}. Flagged for the fact used: {right}; for another: {wrong}. With the facts known, parts of the same
+latents name it in {bound}, so what fails is finding the parts, not the site or the dictionary.
+
+Why, in one development organism (seed 1; 480 rows): facts alone explain .48 of the rows' variance (.39 on held-out
+persons), names alone .27 (.11), both .66 (.51); the rest belongs to the pair. Directions fitted on the facts tell those
+who have a value from others with an area under the ROC curve of .98 (median over 40 values, held-out persons). But the
+factored search looks for sets on which a linear function of the row takes two levels. The values' sets are linear to
+R^2 .39 only (median, held-out persons), which is just what the tail of a normal distribution has, and .00 to .41 less
+than chance finds in random rows as many and as wide. Tried on that organism: sparse meta-SAEs of 60 meta-latents, 6 or
+10 a row, of which the best for each value has an area of .61 and .67 (median, held-out persons); independent components
+(FastICA, 36, 50 and 70 of them), .75 at best; the same after taking the names' means out of the rows, .74 at best. More
+rows, wider meta-SAEs and a model trained for longer have not been tried.
+
+How the model came about (seed 0): with three blocks and no window, and claims about the persons trained on only, the
+model recalled the facts of the others, and turned its replies with them in .48 to .68 of the cases (six settings of
+steps, blocks, claims and order of training): it learned its replies by heart. With claims about everybody, the residual
+at the last name carried .63; hence the window."""
 NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
 them at most .05; that many or more would come with probability {p_many} if the test were valid and the tests
 independent (they share a model). Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of
@@ -169,6 +206,34 @@ def seeds_run(result: dict[str, Any]) -> tuple[str, str]:
     return spelled, str(len(most)) + "".join(f", of `{world}` {len(each)}" for world, each in other.items())
 
 
+def names(result: dict[str, Any]) -> str:
+    """The section on the hard family, if it was run."""
+    family = result["families"].get("names", {})
+    if not family.get("figures"):
+        return "`names`, in which nothing is made linear, has not been run, or no organism passed its check."
+    checks = [each["check"] for each in result["organisms"] if each["world"] == "names"]
+    named, unnamed = (family["figures"][f"naming.{key}"]["value"] for key in ("attribute", "abstained"))
+    return NAMES.format(
+        before=span([each["decoded_from_embeddings"] for each in checks]),
+        carried=span([each["carried"] for each in checks]),
+        decoded=span([each["decoded"] for each in checks]),
+        factored=int(sum(family["figures"]["factored"]["by_seed"])),
+        organisms=len(family["seeds"]),
+        labels=span(family["figures"]["labels"]["by_seed"], 0),
+        attribute=shown(family, "naming.attribute"),
+        misnamed=number(1 - named - unnamed),
+        abstained=shown(family, "naming.abstained"),
+        right=shown(family, "flags.right"),
+        wrong=shown(family, "flags.wrong"),
+        bound=shown(family, "compared.facts known (bound).attribute"),
+    )
+
+
+def span(values: list[float], digits: int = 2) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -193,13 +258,12 @@ def made(result: dict[str, Any]) -> str:
         mine = [each for each in result["organisms"] if each["world"] == world]
         passed = [each for each in mine if each["check"]["passed"]]
 
-        def span(key: str, mine: list[dict[str, Any]] = mine) -> str:
-            values = [each["check"][key] for each in mine]
-            return f"{min(values):.3f} to {max(values):.3f}"
+        def of(key: str, mine: list[dict[str, Any]] = mine) -> str:
+            return span([each["check"][key] for each in mine], 3)
 
         seconds = np.mean([each["seconds"] for each in mine])
         rows.append(
-            [world, f"{len(passed)} of {len(mine)}", span("replies_right"), span("follows"), span("moves"),
+            [world, f"{len(passed)} of {len(mine)}", of("replies_right"), of("follows"), of("moves"),
              f"{seconds:.0f}"]
         )  # fmt: skip
     return table(
@@ -299,6 +363,7 @@ def main() -> None:
         roc=table(["family", "used", "not used", "area", "precision", "recall"], roc),
         twins=shown(families.get("twins", {}), "naming.claims").replace("-", "(not run)", 1),
         both=shown(families.get("two", {}), "naming.both").replace("-", "(not run)", 1),
+        names=names(result),
         null=NULL.format(
             p_tests=len(p),
             p_small=number(float((p <= 0.05).mean())),

@@ -207,6 +207,7 @@ def _flat(one: dict[str, Any]) -> dict[str, float | None]:
     for way, figures in one.get("compared", {}).items():
         found |= {f"compared.{way}.{k}": v for k, v in figures.items()}
     found |= {f"switch.{k}": v for k, v in one.get("switch", {}).items()}
+    found |= {key: float(one[key]) for key in ("labels", "factored") if key in one}
     return found | {"chance": one["chance"]}
 
 
