@@ -63,7 +63,7 @@ class Size:
 
 QUICK = Size(trained=768, steps=250, groups=8, claims=2, subjects=8)
 NAMES = Size(trained=480, steps=400)  # all pairs of 24 first and 24 last names
-NAMES_QUICK = Size(trained=240, steps=600, groups=8, claims=2, subjects=8)
+NAMES_QUICK = Size(trained=240, steps=300, groups=8, claims=2, subjects=8)
 
 
 @dataclass(frozen=True)
