@@ -47,12 +47,11 @@ python docs/make_evidence_planted.py RESULT.json ...
 
 All worlds but `names` are easier than a language model, in four ways that their figures inherit. A subject is one
 token, and its facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 %
-noise.
-Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the model
-has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not even
-with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
-narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims
-or another dictionary.
+noise. Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the
+model has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not
+even with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
+narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims or
+another dictionary.
 
 {names}
 
