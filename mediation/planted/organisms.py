@@ -244,9 +244,11 @@ def carried(world: World, made: Trained) -> float:
         (subject, next(other for other in world.held_out if claim.reply(world.of(other)) != reply), claim, reply)
         for subject in world.held_out
         for claim in world.claims
+        if claim.rule
         for reply in [claim.reply(world.of(subject))]
     ]
-    clean, corrupt = (made.ids([world.text(each[side], each[2]) for each in asked]) for side in (0, 1))
+    clean = made.ids([world.text(subject, claim) for subject, _, claim, _ in asked])
+    corrupt = made.ids([world.text(other, claim) for _, other, claim, _ in asked])
     yes, no = (made.tokenizer.get_vocab()[word] for word in ("yes", "no"))
     layer, at = site_of(world).layer, list(world.positions)
 
@@ -354,12 +356,11 @@ def train_meta(world: World, dictionary: Dictionary, found: Activations) -> Meta
         x, n_rows = x[known[found.token]], len(trained)
     used = (dictionary.encode(x) != 0).any(dim=0).nonzero().squeeze(1)
     chosen = used[torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))[:n_rows]]
-    rows, about = dictionary.decoder[chosen], {"seed": seed, "base_hash": dictionary.content_hash}
-    if world.name != "names":
-        return train_factored(rows, **about)
+    rows, base = dictionary.decoder[chosen], dictionary.content_hash
     try:
-        return train_factored(rows, **about)
-    except MediationError:  # these rows share no fact that it finds
-        n_values = sum(map(len, world.attributes.values()))
-        k = len(world.attributes) + 1
-        return MetaDictionary.train(rows, width=round(1.5 * n_values), k=k, steps=SPARSE_STEPS, center=True, **about)
+        return train_factored(rows, seed=seed, base_hash=base)
+    except MediationError:  # rows that share no fact
+        if world.name != "names":
+            raise
+    width, k = round(1.5 * sum(map(len, world.attributes.values()))), len(world.attributes) + 1
+    return MetaDictionary.train(rows, width=width, k=k, steps=SPARSE_STEPS, seed=seed, center=True, base_hash=base)
