@@ -119,37 +119,44 @@ the tested fact too: with 199 controls .26 of used facts were found (60 runs), w
 NAMES = """### A family in which nothing is made linear
 
 In `names` a person is a first and a last name, 24 of each. All embeddings begin at random, and facts are drawn for the
-pair, so that the model has to look them up: from the embeddings of both names together, ridge regression reads off
-{before} of the values of held-out persons; chance is .12. A token attends to itself and the one before it only. What a
-claim's token learns of the first name it therefore learns from the last name's, where the dictionary sits, between
-blocks 0 and 1: the residual there carries {carried} of the total effect of exchanging one person for another, and
-regression reads off {decoded} of the values. So facts are looked up before other tokens read them, and they are there
-to be read linearly. The dictionary is begun at one latent a person, as in the other families.
+pair, so that the model has to look them up. A token attends to itself and the one before it only: what a claim's token
+learns of the first name it learns from the last name's, where the dictionary sits, between blocks 0 and 1. The
+dictionary is begun at one latent a person, as in the other families.
 
 *Held out* means less here: nobody whose prompts are scored is among the rows that the meta-dictionary was trained on,
 or among the persons that names were made from, but the model was trained on claims about everybody, for nothing about a
 pair can be inferred. So the causal check says that the model knows the facts, not that reply and recall use one fact.
 
-**The method does not find these facts.** The factored search found any in {factored} of {organisms} organisms; else a
-sparse meta-SAE (60 meta-latents, 6 a row) stands in. Of its meta-latents {labels} an organism got a name. The strongest
-part was named by the attribute that decides in {attribute} of the prompts, and by another kind in {misnamed}; it had no
-name in {abstained}. Flagged for the fact used: {right}; for another: {wrong}. With the facts known, parts of the same
-latents name it in {bound}, so what fails is finding the parts, not the site or the dictionary.
+{measured}
 
-Why, in one development organism (seed 1; 480 rows): facts alone explain .48 of the rows' variance (.39 on held-out
-persons), names alone .27 (.11), both .66 (.51); the rest belongs to the pair. Directions fitted on the facts tell those
-who have a value from others with an area under the ROC curve of .98 (median over 40 values, held-out persons). But the
-factored search looks for sets on which a linear function of the row takes two levels. The values' sets are linear to
-R^2 .39 only (median, held-out persons), which is just what the tail of a normal distribution has, and .00 to .41 less
-than chance finds in random rows as many and as wide. Tried on that organism: sparse meta-SAEs of 60 meta-latents, 6 or
-10 a row, of which the best for each value has an area of .61 and .67 (median, held-out persons); independent components
-(FastICA, 36, 50 and 70 of them), .75 at best; the same after taking the names' means out of the rows, .74 at best. More
-rows, wider meta-SAEs and a model trained for longer have not been tried.
+What was seen in development, on one organism (seed 1; 480 rows; 10 prompts about 2 persons, 40 controls). The residual
+at the last name carries .99 of the total effect of exchanging one person for another. Ridge regression reads .83 of
+held-out persons' values off it and .10 off the embeddings of both names together (chance is .12): facts are looked up
+before other tokens read them, and are there to be read linearly. The factored search finds no fact; a sparse meta-SAE
+(60 meta-latents, 6 a row) stands in, of which 1 gets a name. The strongest part had no name in all 10 prompts: the
+method abstains. With weak names counted, another sparse meta-SAE (90 meta-latents) named the attribute in 4 of 10, one
+of turned rows in 4, least squares on the true facts in 10. So what fails is finding the parts, not site or dictionary.
 
-How the model came about (seed 0): with three blocks and no window, and claims about the persons trained on only, the
-model recalled the facts of the others, and turned its replies with them in .48 to .68 of the cases (six settings of
-steps, blocks, claims and order of training): it learned its replies by heart. With claims about everybody, the residual
-at the last name carried .63; hence the window."""
+Why: facts alone explain .48 of the rows' variance (.39 on held-out persons), names alone .27 (.11), both .66 (.51); the
+rest belongs to the pair. Directions fitted on the facts tell those who have a value from others with an area under the
+ROC curve of .98 (median over 40 values, held-out persons). But the factored search looks for sets on which a linear
+function of the row takes two levels, and the values' sets are linear to R^2 .39 only (median, held-out persons), which
+is just what the tail of a normal distribution has; for most values it is less than the same search finds in random
+rows, as many and as wide. Tried: sparse meta-SAEs of 60 meta-latents, 6 or 10 a row, of which the best for each value
+has an area of .61 and .67 (median, held-out persons); independent components (FastICA, 36, 50 and 70 of them), .75 at
+best; the same after taking the names' means out of the rows, .74 at best. More rows, wider meta-SAEs and a model
+trained for longer have not been tried.
+
+How the model came about (seed 0): without a window, and with claims about the persons trained on only, the model
+recalled the facts of the others, and turned its replies with them in .48 to .68 of the cases (six settings of steps,
+blocks, claims and order of training): it learned its replies by heart. With claims about everybody, the residual at the
+last name carried .63; hence the window."""
+MEASURED = """Reported seeds: {passed} of {organisms} organisms passed. Off the embeddings of both names ridge
+regression reads {before} of held-out persons' values, off the residual at the last name {decoded}; that residual
+carries {carried} of the total effect. The factored search found facts in {factored} of them; {labels} meta-latents got
+a name. The strongest part was named by the attribute that decides in {attribute} of the prompts, by another kind in
+{misnamed}, and had no name in {abstained}. Flagged for the fact used: {right}; for another: {wrong}. With the facts
+known, parts of the same latents name the attribute in {bound}."""
 NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
 them at most .05; that many or more would come with probability {p_many} if the test were valid and the tests
 independent (they share a model). Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of
@@ -206,18 +213,19 @@ def seeds_run(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def names(result: dict[str, Any]) -> str:
-    """The section on the hard family, if it was run."""
+    """The section on the hard family: what was measured, if it was run, and what was seen in development."""
     family = result["families"].get("names", {})
     if not family.get("figures"):
-        return "`names`, in which nothing is made linear, has not been run, or no organism passed its check."
+        return NAMES.format(measured="**Not scored yet on any reported seed.**")
     checks = [each["check"] for each in result["organisms"] if each["world"] == "names"]
     named, unnamed = (family["figures"][f"naming.{key}"]["value"] for key in ("attribute", "abstained"))
-    return NAMES.format(
+    measured = MEASURED.format(
+        passed=family["passed"],
+        organisms=family["organisms"],
         before=span([each["decoded_from_embeddings"] for each in checks]),
-        carried=span([each["carried"] for each in checks]),
         decoded=span([each["decoded"] for each in checks]),
+        carried=span([each["carried"] for each in checks]),
         factored=int(sum(family["figures"]["factored"]["by_seed"])),
-        organisms=len(family["seeds"]),
         labels=span(family["figures"]["labels"]["by_seed"], 0),
         attribute=shown(family, "naming.attribute"),
         misnamed=number(1 - named - unnamed),
@@ -226,6 +234,7 @@ def names(result: dict[str, Any]) -> str:
         wrong=shown(family, "flags.wrong"),
         bound=shown(family, "compared.facts known (bound).attribute"),
     )
+    return NAMES.format(measured=measured)
 
 
 def span(values: list[float], digits: int = 2) -> str:
