@@ -149,8 +149,8 @@ trained for longer have not been tried.
 
 How the model came about (seed 0): without a window, and with claims about the persons trained on only, the model
 recalled the facts of the others, and turned its replies with them in .48 to .68 of the cases (six settings of steps,
-blocks, claims and order of training): it learned its replies by heart. With claims about everybody, the residual at the
-last name carried .63; hence the window."""
+blocks, claims and order of training, one of them cut short): it learned replies by heart. With claims about everybody,
+the residual at the last name carried .63; hence the window."""
 MEASURED = """Reported seeds: {passed} of {organisms} organisms passed. Off the embeddings of both names ridge
 regression reads {before} of held-out persons' values, off the residual at the last name {decoded}; that residual
 carries {carried} of the total effect. The factored search found facts in {factored} of them; {labels} meta-latents got
