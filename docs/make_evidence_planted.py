@@ -1,8 +1,14 @@
-"""Writes docs/evidence-planted.md and its plots from docs/evidence/planted.json."""
+"""Writes docs/evidence-planted.md and its plots from docs/evidence/planted.json.
+
+python docs/make_evidence_planted.py [RESULT.json ...]: results of `mediation bench planted ... --json` are joined into
+docs/evidence/planted.json first, over what it had: family by family, and organism by organism. The area under the ROC
+curve of all families together is that of the file with the most families, since it cannot be made from its parts.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +20,40 @@ import numpy as np
 from scipy import stats
 
 DOCS = Path(__file__).parent
+STORE = DOCS / "evidence" / "planted.json"
+PLANNED = 10  # seeds
 TEXT = """# Planted facts: is the fact that a flag names the fact that was used?
 
 Small models are trained in worlds where it is known which fact decides a reply. The method is shown prompts and a
 dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
 Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
 `scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
-method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}, of the 10 that were
-planned. Families without any result yet: {missing}.** With so few seeds an interval says little: with one, nothing.
+method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}; planned were {planned}.
+Families without any result yet: {missing}.** With few seeds an interval says little: with one, nothing.
 Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
 been seen; that organism was discarded. Of `flatterer` at seed 100 a training had been begun and stopped, and no
 figure seen. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families
 come from,
 
 ```bash
-mediation bench planted --families all --seeds {seeds_option} --work WORK --json > docs/evidence/planted.json
+mediation bench planted --families FAMILIES --seeds FIRST-LAST --work WORK --json > RESULT.json
 python -m tests.mediation.test_removal {simulated_runs} > docs/evidence/planted-simulation.json
-python docs/make_evidence_planted.py
+python docs/make_evidence_planted.py RESULT.json ...
 ```
 
 {families}
 
 ## How easy this is
 
-The worlds are easier than a language model, in four ways that the figures inherit. A subject is one token, and its
-facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 % noise.
-Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the model
-has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not even
-with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
-narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims
-or another dictionary.
+All worlds but `names` are easier than a language model, in four ways that their figures inherit. A subject is one
+token, and its facts are *made* nearly linear: its embedding begins as a sum of one direction for each fact and 20 %
+noise. Dictionaries sit at the embeddings, where all that the model knows of the subject passes: one block later the
+model has taken facts to the claim's token and made a reply of them there, and no part of the subject's latent, not
+even with the facts known, is the reply's (attribute named: .25 of 20 prompts, one development organism, seed 0). The
+narrow dictionary is begun at one latent a subject. And shaped, null, two and overt are one model with other claims or
+another dictionary.
+
+{names}
 
 ## Is the planted truth true?
 
@@ -106,6 +116,47 @@ Tried before, in such simulations: the sign of the total effect as direction, wi
 .11 to .15 of null tests at p at most .05. Half of the controls from the span of the dictionary's rows, which hold
 the tested fact too: with 199 controls .26 of used facts were found (60 runs), with 999 .78 to .87 (12 runs).
 """
+NAMES = """### A family in which nothing is made linear
+
+In `names` a person is a first and a last name, 24 of each. All embeddings begin at random, and facts are drawn for the
+pair, so that the model has to look them up. A token attends to itself and the one before it only: what a claim's token
+learns of the first name it learns from the last name's, where the dictionary sits, between blocks 0 and 1. The
+dictionary is begun at one latent a person, as in the other families.
+
+*Held out* means less here: nobody whose prompts are scored is among the rows that the meta-dictionary was trained on,
+or among the persons that names were made from, but the model was trained on claims about everybody, for nothing about a
+pair can be inferred. So the causal check says that the model knows the facts, not that reply and recall use one fact.
+
+{measured}
+
+What was seen in development, on one organism (seed 1; 480 rows; 10 prompts about 2 persons, 40 controls). The residual
+at the last name carries .99 of the total effect of exchanging one person for another. Ridge regression reads .83 of
+held-out persons' values off it and .10 off the embeddings of both names together (chance is .12): facts are looked up
+before other tokens read them, and are there to be read linearly. The factored search finds no fact; a sparse meta-SAE
+(60 meta-latents, 6 a row) stands in, of which 1 gets a name. The strongest part had no name in all 10 prompts: the
+method abstains. With weak names counted, another sparse meta-SAE (90 meta-latents) named the attribute in 4 of 10, one
+of turned rows in 4, least squares on the true facts in 10. So what fails is finding the parts, not site or dictionary.
+
+Why: facts alone explain .48 of the rows' variance (.39 on held-out persons), names alone .27 (.11), both .66 (.51); the
+rest belongs to the pair. Directions fitted on the facts tell those who have a value from others with an area under the
+ROC curve of .98 (median over 40 values, held-out persons). But the factored search looks for sets on which a linear
+function of the row takes two levels, and the values' sets are linear to R^2 .39 only (median, held-out persons), which
+is just what the tail of a normal distribution has; for most values it is less than the same search finds in random
+rows, as many and as wide. Tried: sparse meta-SAEs of 60 meta-latents, 6 or 10 a row, of which the best for each value
+has an area of .61 and .67 (median, held-out persons); independent components (FastICA, 36, 50 and 70 of them), .75 at
+best; the same after taking the names' means out of the rows, .74 at best. More rows, wider meta-SAEs and a model
+trained for longer have not been tried.
+
+How the model came about (seed 0): without a window, and with claims about the persons trained on only, the model
+recalled the facts of the others, and turned its replies with them in .48 to .68 of the cases (six settings of steps,
+blocks, claims and order of training, one of them cut short): it learned replies by heart. With claims about everybody,
+the residual at the last name carried .63; hence the window."""
+MEASURED = """Reported seeds: {passed} of {organisms} organisms passed. Off the embeddings of both names ridge
+regression reads {before} of held-out persons' values, off the residual at the last name {decoded}; that residual
+carries {carried} of the total effect. The factored search found facts in {factored} of them; {labels} meta-latents got
+a name. The strongest part was named by the attribute that decides in {attribute} of the prompts, by another kind in
+{misnamed}, and had no name in {abstained}. Flagged for the fact used: {right}; for another: {wrong}. With the facts
+known, parts of the same latents name the attribute in {bound}."""
 NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
 them at most .05; that many or more would come with probability {p_many} if the test were valid and the tests
 independent (they share a model). Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of
@@ -122,9 +173,73 @@ FAMILIES = {
     "overt": "a dictionary in which each fact has a latent that fires",
     "two": "two facts decide together",
     "flatterer": "an assistant; two things the user owns imply what is never said",
+    "names": "first and last name; facts are looked up for the pair, nothing is made linear",
 }
 WAYS = ("meta-latents", "top latent", "nearest row", "matching pursuit", "meta-SAE of turned rows", "directions turned",
         "sparse meta-SAE", "facts known (bound)")  # fmt: skip
+
+
+def joined(files: list[Path]) -> dict[str, Any]:
+    """What is stored, with `files` over it; stored again if there are any."""
+    stored: dict[str, Any] = json.loads(STORE.read_text(encoding="utf-8")) if STORE.exists() else {}
+    stored.setdefault("pooled", list(stored.get("families", {})))
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        worlds = {each["world"] for each in result["organisms"]}
+        kept = [each for each in stored.get("organisms", []) if each["world"] not in worlds]
+        families = stored.get("families", {}) | result["families"]
+        pooled = {"evidence": result["evidence"], "pooled": list(result["families"])}
+        if len(pooled["pooled"]) < len(stored["pooled"]):
+            pooled = {name: stored[name] for name in pooled}
+        stored = {
+            "families": {name: families[name] for name in FAMILIES if name in families},
+            "organisms": kept + result["organisms"],
+        } | pooled
+    if files:
+        STORE.write_text(json.dumps(stored) + "\n", encoding="utf-8")
+    return stored
+
+
+def seeds_run(result: dict[str, Any]) -> tuple[str, str]:
+    """Seeds that were run, passed or not, and how many: of most worlds, and of those that had others."""
+    seeds: dict[str, list[int]] = {}
+    for each in result["organisms"]:
+        seeds.setdefault(each["world"], []).append(each["seed"])
+    sets = {world: tuple(sorted(each)) for world, each in seeds.items()}
+    most = max(sets.values(), key=list(sets.values()).count)
+    other = {world: each for world, each in sets.items() if each != most}
+    spelled = ", ".join(map(str, most)) + "".join(f"; of `{w}` {', '.join(map(str, s))}" for w, s in other.items())
+    return spelled, str(len(most)) + "".join(f", of `{world}` {len(each)}" for world, each in other.items())
+
+
+def names(result: dict[str, Any]) -> str:
+    """The section on the hard family: what was measured, if it was run, and what was seen in development."""
+    family = result["families"].get("names", {})
+    if not family.get("figures"):
+        return NAMES.format(measured="**Not scored yet on any reported seed.**")
+    checks = [each["check"] for each in result["organisms"] if each["world"] == "names"]
+    named, unnamed = (family["figures"][f"naming.{key}"]["value"] for key in ("attribute", "abstained"))
+    measured = MEASURED.format(
+        passed=family["passed"],
+        organisms=family["organisms"],
+        before=span([each["decoded_from_embeddings"] for each in checks]),
+        decoded=span([each["decoded"] for each in checks]),
+        carried=span([each["carried"] for each in checks]),
+        factored=int(sum(family["figures"]["factored"]["by_seed"])),
+        labels=span(family["figures"]["labels"]["by_seed"], 0),
+        attribute=shown(family, "naming.attribute"),
+        misnamed=number(1 - named - unnamed),
+        abstained=shown(family, "naming.abstained"),
+        right=shown(family, "flags.right"),
+        wrong=shown(family, "flags.wrong"),
+        bound=shown(family, "compared.facts known (bound).attribute"),
+    )
+    return NAMES.format(measured=measured)
+
+
+def span(values: list[float], digits: int = 2) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def number(value: float | None) -> str:
@@ -151,13 +266,12 @@ def made(result: dict[str, Any]) -> str:
         mine = [each for each in result["organisms"] if each["world"] == world]
         passed = [each for each in mine if each["check"]["passed"]]
 
-        def span(key: str, mine: list[dict[str, Any]] = mine) -> str:
-            values = [each["check"][key] for each in mine]
-            return f"{min(values):.3f} to {max(values):.3f}"
+        def of(key: str, mine: list[dict[str, Any]] = mine) -> str:
+            return span([each["check"][key] for each in mine], 3)
 
         seconds = np.mean([each["seconds"] for each in mine])
         rows.append(
-            [world, f"{len(passed)} of {len(mine)}", span("replies_right"), span("follows"), span("moves"),
+            [world, f"{len(passed)} of {len(mine)}", of("replies_right"), of("follows"), of("moves"),
              f"{seconds:.0f}"]
         )  # fmt: skip
     return table(
@@ -174,7 +288,7 @@ def compare_plot(result: dict[str, Any], families: list[str], path: Path) -> Non
                 figure = result["families"][family]["figures"].get(f"compared.{way}.{key}")
                 if figure is None:
                     continue
-                y = place + 0.3 - 0.15 * offset
+                y = place + 0.35 - 0.14 * offset
                 axis.plot([figure["low"], figure["high"]], [y, y], color=f"C{offset}", linewidth=1)
                 axis.plot(
                     figure["value"], y, "o", markersize=4, color=f"C{offset}", label=family if place == 0 else None
@@ -210,7 +324,7 @@ def rows(families: dict[str, Any], names: list[str], *keys: str) -> list[list[st
 
 def main() -> None:
     folder = DOCS / "evidence"
-    result = json.loads((folder / "planted.json").read_text(encoding="utf-8"))
+    result = joined([Path(each) for each in sys.argv[1:]])
     simulated = json.loads((folder / "planted-simulation.json").read_text(encoding="utf-8"))
     plt.rcParams["svg.hashsalt"] = "latent-mediation"
     families = result["families"]
@@ -231,18 +345,20 @@ def main() -> None:
         [way, *(shown(families[name], f"compared.{way}.{key}") for name in compared for key in ("attribute", "value"))]
         for way in WAYS
     ]
-    curves = {"all together": result["evidence"]} | {name: families[name]["roc"] for name in scored}
+    apart = [name for name in families if name not in result["pooled"]]
+    together = f"all but {', '.join(apart)}" if apart else "all together"
+    curves = {together: result["evidence"]} | {name: families[name]["roc"] for name in scored}
     roc = [
         [name, str(each["used"]), str(each["unused"]), *(number(each[key]) for key in ("area", "precision", "recall"))]
         for name, each in curves.items()
         if each["area"] is not None
     ]
-    seeds = result["seeds"]
+    seeds, n_seeds = seeds_run(result)
     filled = TEXT.format(
         commit=", ".join(sorted({str(each["commit"])[:12] for each in result["organisms"]})),
-        seeds=", ".join(map(str, seeds)),
-        seeds_option=f"{seeds[0]}-{seeds[-1]}",
-        n_seeds=len(seeds),
+        seeds=seeds,
+        n_seeds=n_seeds,
+        planned=PLANNED,
         families=table(["family", "what it is", "organisms that passed"],
                        [[n, FAMILIES[n], f"{f['passed']} of {f['organisms']}"] for n, f in families.items()]),
         made=made(result),
@@ -255,6 +371,7 @@ def main() -> None:
         roc=table(["family", "used", "not used", "area", "precision", "recall"], roc),
         twins=shown(families.get("twins", {}), "naming.claims").replace("-", "(not run)", 1),
         both=shown(families.get("two", {}), "naming.both").replace("-", "(not run)", 1),
+        names=names(result),
         null=NULL.format(
             p_tests=len(p),
             p_small=number(float((p <= 0.05).mean())),

@@ -1,1 +1,1 @@
-"""Planted facts in eight families: small organisms whose used facts are known, and the scores of the flags on them."""
+"""Planted facts in nine families: small organisms whose used facts are known, and the scores of the flags on them."""

@@ -32,11 +32,11 @@ from mediation.errors import MediationError
 from mediation.facts import FactSettings
 from mediation.planted.organisms import Trained, activations, causal_check, train, train_dictionaries, train_meta
 from mediation.planted.scores import Subject, score
-from mediation.planted.worlds import FAMILIES, QUICK, SERVED_BY, Size, World, make_world, prompt_rows
+from mediation.planted.worlds import FAMILIES, SERVED_BY, Size, World, make_world, prompt_rows, size_of
 from mediation.statistics import bootstrap_interval
 from mediation.subject import SubjectModel
 
-COMPARED_IN = ("shaped", "mixed", "correlated", "twins", "flatterer")  # families with baselines
+COMPARED_IN = ("shaped", "mixed", "correlated", "twins", "flatterer", "names")  # families with baselines
 CONTROLS = 399  # enough for the few claims of a planted world
 FORMAT = 1  # of an organism's file; raise it when scores change their meaning
 FALSE_POSITIVES = 0.05
@@ -54,7 +54,6 @@ def bench(
         raise MediationError(f"There is no family '{', '.join(unknown)}'; choose among {', '.join(FAMILIES)}.")
     if not seeds:
         raise MediationError("There is no seed in that range; give --seeds FIRST-LAST, such as 100-102.")
-    size = QUICK if quick else Size()
     worlds = list(dict.fromkeys(world for name in families for world in SERVED_BY[name]))
     jobs = [(world, seed) for seed in seeds for world in worlds]
     try:
@@ -68,7 +67,7 @@ def bench(
         def say(text: str, at: str = f"{world} {seed}", number: int = number) -> None:
             show(f"{at}: {text}", number, len(jobs))
 
-        organisms.append(_organism(work, world, seed, size, wanted, say))
+        organisms.append(_organism(work, world, seed, size_of(world, quick=quick), wanted, say))
     return {
         "families": {name: _family(name, organisms) for name in families},
         "evidence": _pooled(organisms),
@@ -145,7 +144,7 @@ def _scores(
     found = activations(world, Trained.load(folder, world))
     with tempfile.TemporaryDirectory() as scratch:
         dictionaries = train_dictionaries(world, found, Path(scratch), wide="overt" in families)
-    meta = train_meta(dictionaries["narrow"], found, world.seed)
+    meta = train_meta(world, dictionaries["narrow"], found)
     model = SubjectModel.load(folder, device="cpu")
     for family in families:
         dictionary = dictionaries["wide" if family == "overt" else "narrow"]
@@ -163,7 +162,9 @@ def _scores(
             calibrate=family == "null",
         )
         seconds = round(time.perf_counter() - started, 1)
-        about = {"latents_on": _latents_on(dictionary.encode(found.x)), "meta_latents": meta.d_meta}
+        about: dict[str, Any] = {"latents_on": _latents_on(dictionary.encode(found.x)), "meta_latents": meta.d_meta}
+        if world.name == "names":  # elsewhere always
+            about["factored"] = "attribute" in meta.metadata
         yield family, scored | about | {"seconds": seconds, "commit": _commit()}
 
 
@@ -207,6 +208,7 @@ def _flat(one: dict[str, Any]) -> dict[str, float | None]:
     for way, figures in one.get("compared", {}).items():
         found |= {f"compared.{way}.{k}": v for k, v in figures.items()}
     found |= {f"switch.{k}": v for k, v in one.get("switch", {}).items()}
+    found |= {key: float(one[key]) for key in ("labels", "factored") if key in one}
     return found | {"chance": one["chance"]}
 
 

@@ -3,19 +3,28 @@
 1. Model: three blocks. A subject's token is embedded as the sum of a random direction for each of its facts, of norms
    exp(N(0, NORM_SPREAD)), and noise of NOISE times the sum's mean norm: the organism is *made*, so that facts are
    nearly linear where a subject is first seen. All else is random at first, and everything is trained.
+   `names` has nothing made: embeddings are random, and facts are of pairs of tokens. There a token attends to itself
+   and the one before it only (sliding window), and the model has two blocks: what the claim's token learns of the first
+   name it learns from the last name's, after block 0 has joined the two. Without a window the claim's token reads
+   both names itself and keeps replies of its own by heart.
 2. Training: replies to claims about the subjects trained on, and recall ("Person12 has city" -> city3) of everybody,
-   so that all facts are known and of use. Cross entropy at the end; blocks by Muon (Jordan et al. 2024), all else by
-   AdamW, embeddings slowly; the rate falls linearly.
+   so that all facts are known and of use. In `names` claims are of everybody: nothing about a pair can be inferred, and
+   a model of this size did not learn to put facts that it had only recalled to use in claims. Cross entropy at the
+   end; blocks by Muon (Jordan et al. 2024), all else by AdamW, embeddings slowly; the rate falls linearly.
 3. Causal check, on held-out subjects: a base and its variant differ in one attribute. Where that turns the right reply,
    the model's must turn (`follows`); where the claim's rule does not name the attribute, it must not (`moves`).
-   Passed: FOLLOWS and MOVES. For a twin, how often replies are right
-   where both rules agree, and where they do not, is reported.
+   Passed: FOLLOWS and MOVES, and CARRIED in `names`: the share of the total effect that the residual carries at the
+   last name, between block 0 and 1. There also reported: how well facts are read off linearly, from the embeddings of
+   both names and from that residual. For a twin, how often replies are right where both rules agree, and where they do
+   not.
 4. Dictionaries, at the embeddings: later sites will not do, for block 0 takes facts from the subject's token to the
    claim's and makes a reply of them there. `narrow`: TopK, one latent a token, rows begin at the mean activation of a
    subject's token: facts are absorbed into the subject's latent. `wide` (family overt): TopK with a latent for each
    fact, begun at the mean activation of those who have it and trained, as many on a token as there are attributes:
    each fact has a carrier that fires.
-5. Meta-dictionary: factored (mediation.factored), on META_ROWS of the narrow dictionary's rows that fire at subjects.
+5. Meta-dictionary: factored (mediation.factored), on META_ROWS of the narrow dictionary's rows that fire at subjects;
+   in `names` on all that fire at subjects trained on, and where it finds no fact, a sparse meta-SAE of 1.5 meta-latents
+   for each value, one more a row than there are attributes.
 """
 
 from __future__ import annotations
@@ -26,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import RidgeClassifier
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from mediation.dictionaries import Dictionary
+from mediation.errors import MediationError
 from mediation.factored import train_factored
 from mediation.metalatents import MetaDictionary
 from mediation.planted.worlds import Claim, Subject, World
@@ -40,12 +51,15 @@ from mediation.sites import Site, Stream
 from mediation.training.activations import shuffled_batches
 from mediation.training.saes import SAESettings, train_sae
 
-SITE = Site(0, Stream.RESID_PRE)
+SITES = {"names": Site(1, Stream.RESID_PRE)}  # of a world's dictionaries; elsewhere the embeddings
+EMBEDDINGS = Site(0, Stream.RESID_PRE)
 WIDTH, NEURONS, BLOCKS, HEADS = 96, 192, 3, 4
 NOISE, NORM_SPREAD = 0.2, 0.3
 REPLIES, RECALLS = 128, 32  # prompts of a step
-FOLLOWS, MOVES = 0.95, 0.05  # what the causal check asks for
-SAE_STEPS, SAE_BATCH = 100, 512
+RIDGE = 1.0  # penalty of a readout
+WINDOW, PAIRS = 2, 192  # in `names`: tokens that a token attends to, itself one of them; recalls of a step
+FOLLOWS, MOVES, CARRIED = 0.95, 0.05, 0.9  # what the causal check asks for
+SAE_STEPS, SAE_BATCH, SPARSE_STEPS = 100, 512, 1000
 META_ROWS = 320  # more make it slower in proportion
 BOS, UNKNOWN = "<bos>", "<unk>"
 
@@ -56,7 +70,7 @@ Progress = Callable[[int, int], None]
 class Trained:
     """A model and its tokenizer."""
 
-    model: LlamaForCausalLM
+    model: LlamaForCausalLM | MistralForCausalLM
     tokenizer: PreTrainedTokenizerFast
 
     def ids(self, texts: list[str]) -> Tensor:
@@ -81,7 +95,8 @@ class Trained:
 
     @classmethod
     def load(cls, folder: Path, world: World) -> Trained:
-        return cls(LlamaForCausalLM.from_pretrained(folder).eval(), make_tokenizer(world))
+        kind: Any = MistralForCausalLM if world.name == "names" else LlamaForCausalLM
+        return cls(kind.from_pretrained(folder).eval(), make_tokenizer(world))
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
@@ -99,26 +114,26 @@ def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
 def train(world: World, progress: Progress = lambda done, of: None) -> Trained:
     """Steps 1 and 2; progress: called with (steps done, of)."""
     tokenizer = make_tokenizer(world)
-    made = Trained(_model(world, tokenizer), tokenizer)
-    asked = [(subject, claim) for subject in world.trained for claim in world.claims]
+    made = Trained((_joining_model if world.name == "names" else _model)(world, tokenizer), tokenizer)
+    asked = [(subject, claim) for subject in world.asked_in_training for claim in world.claims]
     tokens = made.ids([world.text(*each) for each in asked])
     yes, no = (tokenizer.get_vocab()[word] for word in ("yes", "no"))
     answers = torch.tensor([yes if claim.reply(world.of(subject)) else no for subject, claim in asked])
-    recalled = [(token, name, value) for token, facts in world.facts.items() for name, value in facts.items()]
-    recalls = made.ids([world.recall(token, name) for token, name, _ in recalled])
+    recalled = [(holder, name, value) for holder, facts in world.facts.items() for name, value in facts.items()]
+    recalls = made.ids([world.recall(holder, name) for holder, name, _ in recalled])
     values = torch.tensor(tokenizer.convert_tokens_to_ids([value for *_, value in recalled]))
 
     optimizers = _optimizers(made.model)
     full = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(world.seed)
-    steps = world.size.steps
+    steps, n_recalls = world.size.steps, PAIRS if world.name == "names" else RECALLS
     for step in range(steps):
         scale = min((step + 1) / 20, 1 - step / steps)
         groups = (group for optimizer in optimizers for group in optimizer.param_groups)
         for group, lr in zip(groups, full, strict=True):
             group["lr"] = lr * scale
         index = torch.randint(len(tokens), (REPLIES,), generator=generator)
-        other = torch.randint(len(recalls), (RECALLS,), generator=generator)
+        other = torch.randint(len(recalls), (n_recalls,), generator=generator)
         loss = cross_entropy(made.logits(tokens[index]), answers[index])
         loss = loss + cross_entropy(made.logits(recalls[other]), values[other])
         made.model.zero_grad()
@@ -131,8 +146,25 @@ def train(world: World, progress: Progress = lambda done, of: None) -> Trained:
     return made
 
 
+def site_of(world: World) -> Site:
+    """Where the world's dictionaries read."""
+    return SITES.get(world.name, EMBEDDINGS)
+
+
+def _joining_model(world: World, tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
+    """Step 1 in `names`: all is random at first."""
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=16, sliding_window=WINDOW,
+        initializer_range=0.05, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed)
+        return MistralForCausalLM(config)
+
+
 def _model(world: World, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Step 1."""
+    """Step 1 elsewhere."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS, max_position_embeddings=16, initializer_range=0.05, bos_token_id=0,
@@ -155,7 +187,7 @@ def _model(world: World, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
     return module
 
 
-def _optimizers(model: LlamaForCausalLM) -> list[Optimizer]:
+def _optimizers(model: LlamaForCausalLM | MistralForCausalLM) -> list[Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n and p.requires_grad]
     inside = {*map(id, matrices), id(model.get_input_embeddings().weight)}
     others = [p for p in model.parameters() if id(p) not in inside]
@@ -186,20 +218,82 @@ def causal_check(world: World, made: Trained) -> dict[str, Any]:
     by_rule = torch.tensor([world.claims[number].reply(world.of(subject)) for subject, number in asked])
     right = made.replies(world, [(subject, world.claims[number]) for subject, number in asked]) == by_rule
     found = {"replies_right": right.float().mean().item(), **shares}
+    passed = shares["follows"] >= FOLLOWS and shares["moves"] <= MOVES
+    if site_of(world).layer > 0:
+        found["carried"] = carried(world, made)
+        found["decoded_from_embeddings"], found["decoded"] = decoded(world, made)
+        passed = passed and found["carried"] >= CARRIED
     if not agreed.all():
         found["right_where_twins_agree"] = right[agreed].float().mean().item()
         found["right_where_twins_differ"] = right[~agreed].float().mean().item()
     return found | {
         "turned": len(turns["follows"]),
         "kept": len(turns["moves"]),
-        "passed": shares["follows"] >= FOLLOWS and shares["moves"] <= MOVES,
+        "passed": passed,
     }
+
+
+@torch.no_grad()
+def carried(world: World, made: Trained) -> float:
+    """Share of the total effect that the residual at the world's site and positions carries.
+
+    Total effect: of exchanging a held-out subject for one of the opposite reply, on the logit difference of the
+    replies, in the direction of the right one; over one such pair a subject and claim.
+    """
+    asked = [
+        (subject, next(other for other in world.held_out if claim.reply(world.of(other)) != reply), claim, reply)
+        for subject in world.held_out
+        for claim in world.claims
+        if claim.rule
+        for reply in [claim.reply(world.of(subject))]
+    ]
+    clean = made.ids([world.text(subject, claim) for subject, _, claim, _ in asked])
+    corrupt = made.ids([world.text(other, claim) for _, other, claim, _ in asked])
+    yes, no = (made.tokenizer.get_vocab()[word] for word in ("yes", "no"))
+    layer, at = site_of(world).layer, list(world.positions)
+
+    def right(tokens: Tensor) -> Tensor:
+        logits = made.logits(tokens)
+        return (logits[:, yes] - logits[:, no]) * torch.tensor([1.0 if reply else -1.0 for *_, reply in asked])
+
+    there = made.model.model(corrupt, use_cache=False, output_hidden_states=True).hidden_states[layer]
+
+    def exchange(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].clone()
+        x[:, at] = there[:, at]
+        return (x, *args[1:])
+
+    before, after = right(clean), right(corrupt)
+    hook = made.model.model.layers[layer].register_forward_pre_hook(exchange)
+    try:
+        exchanged = right(clean)
+    finally:
+        hook.remove()
+    return float((before - exchanged).sum() / (before - after).sum())
+
+
+@torch.no_grad()
+def decoded(world: World, made: Trained) -> tuple[float, float]:
+    """Share of held-out subjects' values that ridge regression reads off, fitted on subjects trained on: off the
+    embeddings of their tokens side by side, and off the residual at the world's site and positions."""
+    subjects = [*world.trained, *world.held_out]
+    tokens = made.ids([world.text(subject, world.claims[0]) for subject in subjects])
+    hidden = made.model.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+    places = [hidden[0][:, 1 : 1 + len(subjects[0])], hidden[site_of(world).layer][:, list(world.positions)]]
+    shares: list[list[float]] = [[], []]
+    n = len(world.trained)
+    for attribute in world.attributes:
+        values = [world.of(subject)[attribute] for subject in subjects]
+        for share, x in zip(shares, places, strict=True):
+            flat = x.flatten(1).numpy()
+            share.append(float(RidgeClassifier(RIDGE).fit(flat[:n], values[:n]).score(flat[n:], values[n:])))
+    return sum(shares[0]) / len(shares[0]), sum(shares[1]) / len(shares[1])
 
 
 @dataclass
 class Activations:
-    """x [n, d] at SITE of subjects' tokens in prompts, `token` [n] (index in the world's facts), and `other` [m, d],
-    of all other tokens but BOS."""
+    """x [n, d] at the site and the world's positions in prompts, `token` [n] (index in the world's facts), and `other`
+    [m, d], of all other tokens but BOS."""
 
     x: Tensor
     token: Tensor
@@ -209,14 +303,14 @@ class Activations:
 @torch.no_grad()
 def activations(world: World, made: Trained) -> Activations:
     """Of everybody, each subject under one claim; a subject's token does not see the claim."""
-    number = {token: index for index, token in enumerate(world.facts)}
+    number = {holder: index for index, holder in enumerate(world.facts)}
     subjects = [*world.trained, *world.held_out]
     claims = world.claims
     tokens = made.ids([world.text(s, claims[i % len(claims)]) for i, s in enumerate(subjects)])
-    hidden = made.model.model(tokens, use_cache=False, output_hidden_states=True).hidden_states[SITE.layer]
+    hidden = made.model.model(tokens, use_cache=False, output_hidden_states=True).hidden_states[site_of(world).layer]
     at = world.positions
     rest = [p for p in range(1, tokens.shape[1]) if p not in at]
-    index = torch.tensor([[number[token] for token in subject] for subject in subjects])
+    index = torch.tensor([[number[holder] for holder in world.holders(subject)] for subject in subjects])
     return Activations(hidden[:, list(at)].flatten(0, 1), index.flatten(), hidden[:, rest].flatten(0, 1))
 
 
@@ -245,7 +339,7 @@ def train_dictionaries(world: World, found: Activations, folder: Path, *, wide: 
             shuffled_batches(torch.cat([found.x, others]), SAE_BATCH, seed=world.seed),
             folder / name,
             SAESettings(len(start), k=latents[name], steps=SAE_STEPS, architecture="topk", seed=world.seed),
-            site=SITE,
+            site=site_of(world),
             model_name="model",
             start=start,
         )
@@ -253,8 +347,20 @@ def train_dictionaries(world: World, found: Activations, folder: Path, *, wide: 
     return kept
 
 
-def train_meta(dictionary: Dictionary, found: Activations, seed: int) -> MetaDictionary:
+def train_meta(world: World, dictionary: Dictionary, found: Activations) -> MetaDictionary:
     """Step 5."""
-    used = (dictionary.encode(found.x) != 0).any(dim=0).nonzero().squeeze(1)
-    chosen = used[torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))[:META_ROWS]]
-    return train_factored(dictionary.decoder[chosen], seed=seed, base_hash=dictionary.content_hash)
+    x, n_rows, seed = found.x, META_ROWS, world.seed
+    if world.name == "names":
+        trained = {holder for subject in world.trained for holder in world.holders(subject)}
+        known = torch.tensor([holder in trained for holder in world.facts])
+        x, n_rows = x[known[found.token]], len(trained)
+    used = (dictionary.encode(x) != 0).any(dim=0).nonzero().squeeze(1)
+    chosen = used[torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))[:n_rows]]
+    rows, base = dictionary.decoder[chosen], dictionary.content_hash
+    try:
+        return train_factored(rows, seed=seed, base_hash=base)
+    except MediationError:  # rows that share no fact
+        if world.name != "names":
+            raise
+    width, k = round(1.5 * sum(map(len, world.attributes.values()))), len(world.attributes) + 1
+    return MetaDictionary.train(rows, width=width, k=k, steps=SPARSE_STEPS, seed=seed, center=True, base_hash=base)

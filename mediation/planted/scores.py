@@ -105,7 +105,7 @@ def labels_of(subject: Subject, decomposition: Decomposition, least_score: float
     """Step 1."""
     world, facts = subject.world, list(subject.world.facts.items())
     means, tokens = token_means(subject.found)
-    known = {token for each in world.trained for token in each}
+    known = {holder for each in world.trained for holder in world.holders(each)}
     chosen = [i for i, token in enumerate(tokens.tolist()) if facts[token][0] in known]
     latents = subject.dictionary.encode(means[chosen])
     used = (latents != 0).any(dim=0).nonzero().squeeze(1)

@@ -1,8 +1,9 @@
-"""Worlds of the eight families: who has which facts, and which facts decide a reply.
+"""Worlds of the nine families: who has which facts, and which facts decide a reply.
 
 1. A subject is one token (`Person12`), or two for a flatterer (`user with Thing3 and Thing10040`); a token has one
    value of every attribute of its place. Values are balanced over tokens and independent, or, in `correlated`, copied
-   from the attribute before with probability CORRELATION.
+   from the attribute before with probability CORRELATION. In `names` a subject is a first and a last name, each shared
+   by many people, and facts are drawn for the pair: neither name tells anything, the model has to look the pair up.
 2. A claim is one word after the subject. Its rule names the attributes that decide the reply, and for each the half of
    the values that speak for "yes": one attribute; two that must both hold (or of which one is enough); or none, when
    the word alone decides. The deciding fact is never in the prompt, and the subject's activations are the same under
@@ -20,16 +21,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
+from math import isqrt
 from typing import Any
 
 from mediation.errors import MediationError
 
-FAMILIES = ("shaped", "mixed", "correlated", "twins", "null", "overt", "two", "flatterer")
-WORLDS = ("people", "mixed", "correlated", "twin a", "twin b", "flatterer")
+FAMILIES = ("shaped", "mixed", "correlated", "twins", "null", "overt", "two", "flatterer", "names")
+WORLDS = ("people", "mixed", "correlated", "twin a", "twin b", "flatterer", "names")
 SERVED_BY = {
     "shaped": ("people",), "null": ("people",), "two": ("people",), "overt": ("people",), "mixed": ("mixed",),
     "correlated": ("correlated",), "twins": ("twin a", "twin b"), "flatterer": ("flatterer",),
+    "names": ("names",),
 }  # fmt: skip
 CORRELATION = 0.5
 YES, NO = " yes", " no"
@@ -42,6 +45,7 @@ _PLACES: dict[str, tuple[tuple[int, ...], ...]] = {
     "correlated": ((8, 8, 8, 8, 8),),
     "twin": ((8, 8, 8, 8, 8),),
     "flatterer": ((2, 4, 8), (2, 4, 8)),
+    "names": ((8, 8, 8, 8, 8),),
 }
 
 
@@ -58,6 +62,8 @@ class Size:
 
 
 QUICK = Size(trained=768, steps=250, groups=8, claims=2, subjects=8)
+NAMES = Size(trained=480, steps=400)  # all pairs of 24 first and 24 last names
+NAMES_QUICK = Size(trained=240, steps=300, groups=8, claims=2, subjects=8)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ Subject = tuple[str, ...]  # its tokens, in the order of their places
 
 @dataclass(frozen=True)
 class World:
-    """`facts` of every token; `bases` and their `variants` (base, variant, attribute in which they differ)."""
+    """`facts` of every token, in `names` of every "first last"; `bases` and their `variants` (base, variant, attribute
+    in which they differ)."""
 
     name: str
     seed: int
@@ -94,25 +101,34 @@ class World:
     rivals: tuple[Claim, ...]  # the other twin's claims, else the same
     size: Size
 
+    def holders(self, subject: Subject) -> tuple[str, ...]:
+        """Keys of `facts`, one for each of `positions`: the subject's tokens, or in `names` both together."""
+        return (" ".join(subject),) if self.name == "names" else subject
+
     def of(self, subject: Subject) -> dict[str, str]:
-        return {name: value for token in subject for name, value in self.facts[token].items()}
+        return {name: value for holder in self.holders(subject) for name, value in self.facts[holder].items()}
 
     def text(self, subject: Subject, claim: Claim) -> str:
-        if len(subject) == 1:
-            return f"{subject[0]} on {claim.word}"
-        return f"user with {subject[0]} and {subject[1]} on {claim.word}"
+        if self.name == "flatterer":
+            return f"user with {subject[0]} and {subject[1]} on {claim.word}"
+        return f"{' '.join(subject)} {claim.word}" if self.name == "names" else f"{subject[0]} on {claim.word}"
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Where the subject's tokens are in a prompt, BOS counted."""
-        return (1,) if len(self.bases[0]) == 1 else (3, 5)
+        """Where the subject's facts are known in a prompt, BOS counted: at its tokens, in `names` at the last name."""
+        return {"names": (2,), "flatterer": (3, 5)}.get(self.name, (1,))
 
-    def recall(self, token: str, attribute: str) -> str:
-        return f"{token} has {attribute}"
+    def recall(self, holder: str, attribute: str) -> str:
+        return f"{holder} {attribute}" if self.name == "names" else f"{holder} has {attribute}"
 
     @property
     def held_out(self) -> tuple[Subject, ...]:
         return (*self.bases, *(variant for _, variant, _ in self.variants))
+
+    @property
+    def asked_in_training(self) -> tuple[Subject, ...]:
+        """Subjects that the model is trained on with claims: in `names` everybody."""
+        return (*self.trained, *self.held_out) if self.name == "names" else self.trained
 
     def agreed(self, subject: Subject, number: int) -> bool:
         """Both twins' rules say the same of a subject under claim `number`; elsewhere always."""
@@ -122,13 +138,20 @@ class World:
     def words(self) -> list[str]:
         values = [value for each in self.attributes.values() for value in each]
         fixed = [*"on has user with and yes no".split(), *self.attributes]
-        return [*fixed, *values, *(claim.word for claim in self.claims), *self.facts]
+        tokens = [token for holder in self.facts for token in holder.split()]
+        return [*fixed, *values, *(claim.word for claim in self.claims), *tokens]
+
+
+def size_of(name: str, *, quick: bool = False) -> Size:
+    if name == "names":
+        return NAMES_QUICK if quick else NAMES
+    return QUICK if quick else Size()
 
 
 def make_world(name: str, seed: int, size: Size | None = None) -> World:
     if name not in WORLDS:
         raise MediationError(f"There is no world '{name}'; choose one of {', '.join(WORLDS)}.")
-    size, kind = size or Size(), name.split()[0]
+    size, kind = size or size_of(name), name.split()[0]
     rng = random.Random(f"planted {kind} {seed}")  # the same for both twins
     attributes: dict[str, tuple[str, ...]] = {}
     places = []
@@ -143,6 +166,8 @@ def make_world(name: str, seed: int, size: Size | None = None) -> World:
         prefix = "Person" if len(places) == 1 else "Thing"
         n = size.trained + size.groups
         tokens = [f"{prefix}{place * 10000 + index}" for index in range(n * (len(mine) + 1))]
+        if kind == "names":
+            tokens = _people(rng, size.trained + size.groups * (len(mine) + 1))
         columns = _values(rng, {a: attributes[a] for a in mine}, n, CORRELATION if kind == "correlated" else 0.0)
         facts |= dict(zip(tokens[:n], columns, strict=True))
         known.append(tokens[:n])
@@ -156,22 +181,33 @@ def make_world(name: str, seed: int, size: Size | None = None) -> World:
                 facts[token] = origin | {attribute: other}
                 of_group[attribute] = token
             variants[-1].append(of_group)
-    subjects = [tuple(tokens[i] for tokens in known) for i in range(len(known[0]))]
-    trained = subjects[: size.trained]
+    holders = [tuple(tokens[i] for tokens in known) for i in range(len(known[0]))]
+    trained = holders[: size.trained]
     if len(places) > 1:  # any two things can belong to one user
         trained = [tuple(rng.choice(tokens[: size.trained]) for tokens in known) for _ in range(4 * size.trained)]
-    bases = subjects[size.trained :]
+    bases = holders[size.trained :]
     apart: list[tuple[Subject, Subject, str]] = []
     for group, base in enumerate(bases):
         for place, of_place in enumerate(variants):
             for attribute, token in of_place[group].items():
-                apart.append((base, (*base[:place], token, *base[place + 1 :]), attribute))
+                apart.append((_tokens(base), _tokens((*base[:place], token, *base[place + 1 :])), attribute))
     claims, rivals = _claims(rng, kind, attributes, size)
     if name == "twin b":
         claims, rivals = rivals, claims
     return World(
-        name, seed, attributes, facts, tuple(trained), tuple(bases), tuple(apart), claims, rivals, size,
+        name, seed, attributes, facts, tuple(map(_tokens, trained)), tuple(map(_tokens, bases)), tuple(apart), claims,
+        rivals, size,
     )  # fmt: skip
+
+
+def _people(rng: random.Random, n: int) -> list[str]:
+    """`n` pairs of the least number of first and last names, in any order."""
+    names = range(isqrt(n - 1) + 1)
+    return rng.sample([f"First{first} Last{last}" for first, last in product(names, names)], n)
+
+
+def _tokens(holders: tuple[str, ...]) -> Subject:
+    return tuple(" ".join(holders).split())
 
 
 def _values(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
@@ -16,8 +17,17 @@ from mediation.errors import MediationError
 from mediation.factored import train_factored
 from mediation.planted import bench as planted
 from mediation.planted.bench import bench, seed_range
+from mediation.planted.organisms import (
+    Trained,
+    _joining_model,
+    _model,
+    carried,
+    causal_check,
+    make_tokenizer,
+    train,
+)
 from mediation.planted.scores import Known, Turned, _naming, _switch
-from mediation.planted.worlds import QUICK, SERVED_BY, WORLDS, World, make_world, prompt_rows
+from mediation.planted.worlds import NAMES_QUICK, QUICK, SERVED_BY, WORLDS, World, make_world, prompt_rows
 
 worlds = st.builds(make_world, st.sampled_from(WORLDS), st.integers(0, 10**6), st.just(QUICK))
 
@@ -25,16 +35,16 @@ worlds = st.builds(make_world, st.sampled_from(WORLDS), st.integers(0, 10**6), s
 @settings(max_examples=25, deadline=None)
 @given(worlds)
 def test_variants_differ_in_one_attribute_and_nobody_held_out_is_trained_on(world: World) -> None:
-    known = {token for subject in world.trained for token in subject}
+    known = {holder for subject in world.trained for holder in world.holders(subject)}
     for base, variant, attribute in world.variants:
         one, two = world.of(base), world.of(variant)
         assert {name for name in one if one[name] != two[name]} == {attribute}
-        assert sum(a != b for a, b in zip(base, variant, strict=True)) == 1
-        assert not known & {*base, *variant}
+        assert sum(a != b for a, b in zip(world.holders(base), world.holders(variant), strict=True)) == 1
+        assert not known & {*world.holders(base), *world.holders(variant)}
     assert {len(world.of(subject)) for subject in world.trained} == {len(world.attributes)}
     for subject in world.held_out:
         text = ["<bos>", *world.text(subject, world.claims[0]).split()]
-        assert tuple(text[at] for at in world.positions) == subject
+        assert [text[at] for at in world.positions] == [each.split()[-1] for each in world.holders(subject)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -63,6 +73,27 @@ def test_prompts_are_asked_so_that_the_rules_facts_decide(world: World, seed: in
                 other = world.rivals[number]
                 assert set(other.rule) != set(claim.rule)
                 assert other.reply(one) == claim.reply(one) != other.reply(two)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_name_alone_tells_a_fact_of_a_person(seed: int) -> None:
+    """Whoever knows all people of a name but one guesses the one's values no better than by chance."""
+    world = make_world("names", seed)
+    people = [*world.trained, *world.held_out]
+    assert len(set(people)) == len(people) == 24 * 24
+    assert len({first for first, _ in people}) == len({last for _, last in people}) == 24
+    right = []
+    for place in (0, 1):
+        for name in {person[place] for person in people}:
+            mine = [world.of(person) for person in people if person[place] == name]
+            for attribute, values in world.attributes.items():
+                counts = Counter(facts[attribute] for facts in mine)
+                assert max(counts.values()) < len(mine) / 2
+                for facts in mine:
+                    others = counts - Counter([facts[attribute]])
+                    right.append(max(values, key=lambda value: others[value]) == facts[attribute])
+    assert sum(right) / len(right) < 1 / 8 + 0.03
 
 
 def test_twins_share_everything_but_their_rules() -> None:
@@ -180,6 +211,26 @@ def test_what_cannot_be_benched_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mixed-0" / "organism.json").write_text(json.dumps({"format": planted.FORMAT, "size": {}}))
     with pytest.raises(MediationError, match="other settings"):
         bench(["mixed"], [0], tmp_path)
+
+
+@torch.no_grad()
+def test_what_the_site_carries_is_measured() -> None:
+    """At the embedding of a one-token subject all is carried, in an untrained model; at one token of two not all."""
+    one = make_world("mixed", 0, QUICK)
+    tokenizer = make_tokenizer(one)
+    assert carried(one, Trained(_model(one, tokenizer).eval(), tokenizer)) == pytest.approx(1.0, abs=1e-3)
+    two = make_world("names", 0, NAMES_QUICK)
+    tokenizer = make_tokenizer(two)
+    assert abs(carried(two, Trained(_joining_model(two, tokenizer).eval(), tokenizer)) - 1.0) > 0.05
+
+
+def test_a_model_looks_pairs_of_names_up_and_its_site_carries_them() -> None:
+    torch.set_num_threads(1)
+    world = make_world("names", 0, NAMES_QUICK)
+    made = train(world)
+    found = causal_check(world, made)
+    assert found["passed"]
+    assert found["carried"] > 0.9
 
 
 def test_a_quick_bench_names_flags_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
