@@ -1,4 +1,4 @@
-"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries and cities.
+"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries, cities and laureates.
 
 The questions about a pair of entities are asked with the entity first, so that the same latents, with the same
 values, mediate every answer: no latent-level graph can say which fact was used, and only parts can.
@@ -236,6 +236,7 @@ def run_site(
     return {
         "site": site.name,
         "known": {q: int(trial.knows[q].sum()) for q in questions},
+        "known_two": int((torch.stack(list(trial.knows.values())).sum(0) >= 2).sum()),
         "pairs": {q: int(trial.pairs.asked[q].sum()) for q in questions},
         "carry": carry,
         "gradient_cosine": gradient_cosines(trial),

@@ -139,6 +139,27 @@ def test_other_wordings_are_measured_on_the_same_pairs(result: dict[str, Any]) -
     assert any(each["pairs"] > 0 for each in words)
 
 
+def test_readings_are_compared_with_all_the_rest(result: dict[str, Any]) -> None:
+    (site,) = result["sites"]
+    others = {"latents", "rotated readings", "coordinates", *(f"subspaces: {name}" for name in site["subspaces"])}
+    assert set(site["readings_less"]) == others
+    ways = site["ways"]
+    swapped = site["readings_less"]["rotated readings"]["follows"]
+    follows = [ways[name]["swap"]["follows"]["value"] for name in ("readings", "rotated readings")]
+    assert swapped["value"] == pytest.approx(follows[0] - follows[1])
+    assert swapped["low"] <= swapped["value"] <= swapped["high"]
+    # The same axes as latents and as parts of latents: no difference between these, so none between those.
+    for key, figure in site["readings_less"]["latents"].items():
+        for end in ("value", "low", "high"):
+            assert figure[end] == pytest.approx(site["readings_less"]["coordinates"][key][end], abs=1e-3), key
+    kept = site["readings_less"]["subspaces: random"]["others_kept"]["value"]
+    assert kept == pytest.approx(
+        ways["readings"]["removal"]["others_kept"]["value"]
+        - site["subspaces"]["random"]["removal"]["others_kept"]["value"]
+    )
+    assert 0 < site["known_two"] <= COUNTRIES
+
+
 def test_the_result_is_json_and_repeats(result: dict[str, Any], taught: Path) -> None:
     json.dumps(result, allow_nan=False)
     model = SubjectModel.load(taught, device="cpu")
