@@ -1,7 +1,7 @@
 """Writes docs/evidence-facts.md and its plots from docs/evidence/facts.json.
 
 python docs/make_evidence_facts.py [RESULT.json ...]: results of `mediation bench facts ... --json`, which take the
-place of those in docs/evidence/facts.json first.
+place of those in docs/evidence/facts.json first; that file may be one of them, for what it holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "evidence" / "facts.json"
 COMMAND = """mediation bench facts --model smollm2 --saes SAES --meta METAS --data DATA --entities '{topic}' \\
   --pairs {pairs} {ways} --json > RESULT.json"""
-TEXT = """# Real facts: which part of a country's latents answers which question?
+TEXT = """# Real facts: which part of an entity's latents answers which question?
 
 {model} is asked about an entity that the prompt names first
 ("In {{}}, the capital city is"), so that the residual at the entity's last token, and every latent there, is the same
@@ -115,7 +115,7 @@ SITE = """## {topic}, {site}
 Of the total effect, the entity's last token carries {whole}.
 Of that, latents carry {latents};
 the rest is the dictionary's error. Held-out entities ({held_out}) whose answer the model knows: {known};
-pairs asked: {pairs}.
+pairs asked: {pairs}.{known_two}
 
 {parts}
 
@@ -131,12 +131,13 @@ questions stay; *both*: the mean of the two, .50 for exchanging all or nothing; 
 and on the others, of the total effect; *forgotten*, *kept*: when the pool is set to the average development entity's,
 this answer is no longer the best of all, others still are. A pool: parts of whose use the question has more than
 {clear} times its fair share. Subspaces: *contrasts* of gradients, without answers; *random* axes of the same reading
-space, as many; *trained* on the answers of development entities ({steps} steps, {rank} dimensions);
-*(whole)* exchanges also what the dictionary misses.
+space, as many;{trained}*(whole)* exchanges also what the dictionary misses.
 
 ![Naming and exchanging]({plot})
 
-{bounds}{names}{wordings}"""
+{paired}{bounds}{names}{wordings}"""
+TRAINED = """ *trained* on the answers of development entities ({steps} steps, {rank} dimensions);
+"""
 Number = Callable[[dict[str, Any]], dict[str, Any]]
 PARTS: dict[str, Number] = {
     "carry": lambda way: way["carry"]["strongest"],
@@ -147,6 +148,17 @@ PARTS: dict[str, Number] = {
     "share named": lambda way: way["pools"]["top_1"],
 }
 SWAP = ("follows", "others_stay", "both", "own", "others")
+LESS = {
+    "top_named": "top named",
+    "share_named": "share named",
+    "follows": "follows",
+    "others_stay": "stay",
+    "both": "both",
+    "forgotten": "forgotten",
+    "others_kept": "kept",
+    "correlation": "correlation",
+    "same_top": "same top",
+}
 
 
 def number(value: float | None) -> str:
@@ -223,6 +235,20 @@ def removed(removal: dict[str, Any]) -> list[str]:
     return [shown(removal["forgotten"]), shown(removal["others_kept"])]
 
 
+def paired(site: dict[str, Any]) -> str:
+    """Differences of readings and every other way, in the same resamples; nothing where a result has none."""
+    found = site.get("readings_less")
+    if not found:
+        return ""
+    rows = [[other, *(shown(each[key]) if key in each else "" for key in LESS)] for other, each in found.items()]
+    return (
+        "Readings less each other way, on the same pairs (of removal, the same entities) in the same resamples; an "
+        "interval\nwithout 0 is a difference beyond chance. Of *correlation* and *same top* less is better:\n\n"
+        + table(["readings less", *LESS.values()], rows)
+        + "\n\n"
+    )
+
+
 def bounds(site: dict[str, Any], clear: float) -> str:
     kept = {name: way for name, way in site["ways"].items() if "swap_by_bound" in way}
     if not kept:
@@ -282,14 +308,15 @@ def section(run: dict[str, Any], site: dict[str, Any], path: Path) -> str:
         held_out=run["entities"]["held_out"],
         known=", ".join(f"{n} ({q})" for q, n in site["known"].items()),
         pairs=", ".join(f"{n} ({q})" for q, n in site["pairs"].items()),
+        known_two=f" Two facts or more are known of {site['known_two']}." if "known_two" in site else "",
         parts=table(["parts", *PARTS], rows),
         measured=run["measured"],
         chance=chance,
         exchange=exchange(site),
         clear=run["clear"],
-        steps=run["settings"]["steps"],
-        rank=run["settings"]["rank"],
+        trained=TRAINED.format(**run["settings"]) if run["settings"]["steps"] else " none was trained here;\n",
         plot=path.name,
+        paired=paired(site),
         bounds=bounds(site, run["clear"]),
         names=names(site),
         wordings=wordings(site),
@@ -313,7 +340,8 @@ def short(runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     if sys.argv[1:]:
-        runs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:]]
+        given = [json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:]]
+        runs = [run for each in given for run in (each if isinstance(each, list) else [each])]
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(rounded(runs), indent=None) + "\n", encoding="utf-8")
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -253,7 +253,10 @@ def test_the_page_is_made_of_results(result: dict[str, Any], tmp_path: Path, mon
     assert f"| readings | {share:.2f} [" in text
     assert "subspaces: trained" in text
     assert (tmp_path / "evidence-facts-countries-blocks-0-hook_resid_pre.svg").exists()
+    less = result["sites"][0]["readings_less"]["coordinates"]["top_named"]
+    assert f"| coordinates | {less['value']:.2f} [{less['low']:.2f}, {less['high']:.2f}] |" in text
     assert page(tmp_path, [], monkeypatch) == text  # from what it keeps
+    assert page(tmp_path, [tmp_path / "evidence" / "facts.json"], monkeypatch) == text  # which is a result as well
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
