@@ -69,8 +69,15 @@ Countries at block 16 (48 pairs, 130 questions asked of them):
 - **Other words**: the top reading stays the same in .42 to .79 of pairs, the top latent in .50 to .88. Parts are not
   steadier than latents, and under the fact-first wording exchanges follow in .08 to .54.
 
-Not measured: cities, of one or two tokens (`--entities` has them; no run was made), RAVEL's laureates, countries of
-several tokens (there are two), other blocks on held-out countries. One seed, one model.
+{findings}What SmolLM2 knows of RAVEL's **Nobel laureates** (names of four tokens; the entity first, no examples),
+counted on 110 development laureates: the field of 33, the country of birth of 32, the pronoun of 105 (6 of 9 women);
+two facts of 53, which makes 48 pairs of 26 laureates. With the answers dealt out at random it would be right about 16
+fields, 5 countries and 95 pronouns. The country of birth is known of 8 in 81 with names of three tokens and of 6 in 106
+with five; two other laureates' facts before the prompt help little (34 fields, 39 countries). Wordings and length were
+chosen by such counts, on half of the names by a split that is not quite the benchmark's, so that some of those names
+are among its held-out ones.
+
+Not measured: countries of several tokens (there are two), other blocks on held-out entities; one seed, one model.{gaps}
 
 {sections}
 
@@ -148,6 +155,8 @@ PARTS: dict[str, Number] = {
     "share named": lambda way: way["pools"]["top_1"],
 }
 SWAP = ("follows", "others_stay", "both", "own", "others")
+LESS_IS_BETTER = ("correlation", "same_top")
+TOPICS = ("countries", "cities", "cities of two tokens", "laureates")  # of `--entities`
 LESS = {
     "top_named": "top named",
     "share_named": "share named",
@@ -247,6 +256,36 @@ def paired(site: dict[str, Any]) -> str:
         + table(["readings less", *LESS.values()], rows)
         + "\n\n"
     )
+
+
+def findings(run: dict[str, Any], site: dict[str, Any]) -> str:
+    """In words, for a result with paired differences: where readings are ahead of latents and of their random turn."""
+    lines = [
+        f"{run['topic'].capitalize()} at block {site['site'].split('.')[1]} "
+        f"({site['ways']['readings']['swap']['follows']['n']} questions asked of pairs):\n"
+    ]
+    for other in ("latents", "rotated readings"):
+        found = site["readings_less"].get(other, {})
+        sides: dict[str, list[str]] = {"ahead in": [], "behind in": [], "no difference shown in": []}
+        for key, label in LESS.items():
+            if key not in found or found[key]["value"] is None:
+                continue
+            above, below = found[key]["low"] > 0, found[key]["high"] < 0
+            ahead, behind = (below, above) if key in LESS_IS_BETTER else (above, below)
+            side = "ahead in" if ahead else "behind in" if behind else "no difference shown in"
+            sides[side].append(f"*{label}* ({shown(found[key])})")
+        told = "; ".join(f"{side} {', '.join(labels)}" for side, labels in sides.items() if labels)
+        lines.append(f"- **Readings less {other}**: {told}.")
+    return "\n".join(lines) + "\n\n"
+
+
+def gaps(runs: list[dict[str, Any]]) -> str:
+    """What the results do not have, in words."""
+    measured = {run["topic"] for run in runs}
+    missing = [topic for topic in TOPICS if topic not in measured]
+    unpaired = [run["topic"] for run in runs if any("readings_less" not in site for site in run["sites"])]
+    told = f"\nNo run was made of: {', '.join(missing)} (`--entities` has them)." if missing else ""
+    return told + (f"\nNo paired differences: {', '.join(unpaired)} (the result is older)." if unpaired else "")
 
 
 def bounds(site: dict[str, Any], clear: float) -> str:
@@ -358,6 +397,8 @@ def main() -> None:
         ways = " ".join(f"--way '{way}'" for way in run["settings"]["only"] or ())
         commands.append(COMMAND.format(topic=run["topic"], pairs=run["settings"]["pairs"], ways=ways))
     text = TEXT.format(
+        findings="".join(findings(r, site) for r in runs for site in r["sites"] if site.get("readings_less")),
+        gaps=gaps(runs),
         model=runs[0]["model"],
         commands="\n".join(commands),
         runs="\n".join(
