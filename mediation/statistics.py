@@ -69,18 +69,27 @@ def pair_interval(
     The mean is the ratio with a denominator of ones. nan where no resample has a pair left.
     """
     top, bottom = (np.asarray(side, dtype=np.float64) for side in (numerator, denominator))
-    entities, places = np.unique(np.concatenate([np.asarray(first), np.asarray(second)]), return_inverse=True)
-    if len(entities) == 0:
-        raise MediationError("A bootstrap interval needs at least one pair.")
-    size = len(entities)
-    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
-    weights = counts[:, places[: len(top)]] * counts[:, places[len(top) :]]
+    weights = pair_draws(first, second, n=n, seed=seed)
     below = weights @ bottom
     ratios = (weights @ top)[below != 0] / below[below != 0]
     if len(ratios) == 0:
         return float("nan"), float("nan")
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def pair_draws(first: ArrayLike, second: ArrayLike, *, n: int = 2000, seed: int = 0) -> NDArray[np.int64]:
+    """How often each pair [m] of the entities `first` and `second` [m] comes up in n resamples of entities, [n, m].
+
+    Two figures of the same pairs are compared in the same resamples: the interval of their difference is paired.
+    """
+    a, b = np.asarray(first), np.asarray(second)
+    entities, places = np.unique(np.concatenate([a, b]), return_inverse=True)
+    if len(entities) == 0:
+        raise MediationError("A bootstrap interval needs at least one pair.")
+    size = len(entities)
+    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
+    return counts[:, places[: len(a)]] * counts[:, places[len(a) :]]
 
 
 def permutation_p(observed: ArrayLike, controls: ArrayLike) -> Floats:

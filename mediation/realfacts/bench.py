@@ -1,4 +1,4 @@
-"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries and cities.
+"""Which part of an entity's latents answers which question? SmolLM2 on facts of countries, cities and laureates.
 
 The questions about a pair of entities are asked with the entity first, so that the same latents, with the same
 values, mediate every answer: no latent-level graph can say which fact was used, and only parts can.
@@ -22,7 +22,8 @@ values, mediate every answer: no latent-level graph can say which fact was used,
 3. Swap and removal of subspaces instead of pools (`subspaces`): contrasts of gradients, random ones of as many
    dimensions, and subspaces trained on the answers of development entities.
 4. The same parts under other wordings: fact first, and ParaRel's.
-Intervals: bootstrap over entities; a pair counts as often as both of its entities are drawn (Owen 2007).
+Intervals: bootstrap over entities; a pair counts as often as both of its entities are drawn (Owen 2007). The readings
+are compared with every other way in the same resamples: intervals of differences are paired.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
@@ -57,11 +59,14 @@ from mediation.realfacts.questions import (
 )
 from mediation.realfacts.scores import (
     MEASURED,
+    Figure,
     Measured,
     Scorer,
     carries,
+    compared,
     effects_by_question,
     largest,
+    less,
     margins,
     masked,
     measure,
@@ -78,6 +83,7 @@ from mediation.subject import SubjectModel
 SAMPLED, LIKELY, TEMPERATURE = 8, 64, 2.0
 MOST = 128  # entities of each half
 READ = 64  # development entities whose gradients are taken
+READINGS = "readings"  # the way that all others are compared with, pair by pair
 REWORDED = ("latents", "readings")  # ways that are measured under other wordings too
 REWORDED_PAIRS = 24
 PARAPHRASES = 2  # of ParaRel, for each question
@@ -226,15 +232,27 @@ def run_site(
             ),
             "removal": removal(trial, patches(operators, average.latents, questions), seed),
         }
+    every = {**figures, **{f"subspaces: {name}": each for name, each in subspaces.items()}}
     return {
         "site": site.name,
         "known": {q: int(trial.knows[q].sum()) for q in questions},
+        "known_two": int((torch.stack(list(trial.knows.values())).sum(0) >= 2).sum()),
         "pairs": {q: int(trial.pairs.asked[q].sum()) for q in questions},
         "carry": carry,
         "gradient_cosine": gradient_cosines(trial),
         "ways": figures,
         "subspaces": subspaces,
+        "readings_less": _paired(every, READINGS),
     }
+
+
+def _paired(every: Mapping[str, Any], name: str) -> dict[str, dict[str, Figure]]:
+    """Every figure of way `name` less that of each other one, in the same resamples; nothing where it is not there."""
+    if name not in every:
+        return {}
+    own = compared(every[name])
+    others = {other: compared(figures) for other, figures in every.items() if other != name}
+    return {other: {key: less(own[key], figure) for key, figure in found.items()} for other, found in others.items()}
 
 
 def _operators(
@@ -260,9 +278,9 @@ def _operators(
 
 
 def _plain(value: Any) -> Any:
-    """The same with None for what is no number, as JSON wants it."""
+    """The same with None for what is no number, as JSON wants it, and without the resamples of figures."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(each) for key, each in value.items() if not isinstance(each, np.ndarray)}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
 """Entities with known facts, and questions about them.
 
-1. Facts of countries are in `countries.tsv`; those of cities come from RAVEL (Huang et al. 2024), other wordings from
-   ParaRel (Elazar et al. 2021).
+1. Facts of countries are in `countries.tsv`; those of cities and Nobel laureates come from RAVEL (Huang et al. 2024),
+   other wordings from ParaRel (Elazar et al. 2021).
 2. A question is asked with the entity first ("In {}, the capital city is": what the model has computed at the entity
    cannot depend on the question, which comes later) or with the fact first ("The capital of {} is the city of").
 3. Entities are split once into development and held-out ones, of different types: directions, labels and thresholds
@@ -84,6 +84,29 @@ CITY_QUESTIONS = (
         "The continent around the city of {} is",
     ),
 )
+
+
+LAUREATE_QUESTIONS = (
+    Question(
+        "Field",
+        "The Nobel laureate {} received the Nobel Prize in",
+        ("The Nobel laureate {} won the Nobel Prize in", "The Nobel laureate {} was honoured for work in"),
+        "The field of the Nobel Prize of {} was",
+    ),
+    Question(
+        "Country of Birth",
+        "The Nobel laureate {} is a native of",
+        ("The Nobel laureate {} grew up in", "The Nobel laureate {} was born in the country of"),
+        "The native country of {} is",
+    ),
+    Question(
+        "Gender",
+        "The Nobel laureate {} said that",
+        ("The Nobel laureate {} was happy because", "The Nobel laureate {} was well known before"),
+        "A short biography of {} says that",
+    ),
+)
+PRONOUNS = {"male": "he", "female": "she"}
 
 
 @dataclass(frozen=True)
@@ -177,19 +200,49 @@ def countries() -> Entities:
 
 def cities(data: Path | None) -> Entities:
     """RAVEL's cities with country, language and continent; of several languages none is the answer."""
-    if data is None:
-        raise MediationError("Cities are RAVEL's; give the folder that holds ravel/ with --data.")
-    file = data / "ravel" / "data" / "ravel_city_entity_attributes.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MediationError(
-            f"RAVEL's cities cannot be read from {file}: {error.strerror}; give the folder that holds ravel/."
-        ) from error
+    table = _ravel(data, "city")
     names = tuple(sorted(table))
     values = {q.attribute: tuple(table[name][q.attribute] or None for name in names) for q in CITY_QUESTIONS}
-    values["Language"] = tuple(None if value is None or "," in value else value for value in values["Language"])
+    values["Language"] = tuple(map(_the_only, values["Language"]))
     return Entities(names, values)
+
+
+def laureates(data: Path | None) -> Entities:
+    """RAVEL's Nobel laureates with field, country of birth and, for their gender, the pronoun that stands for them.
+
+    Of several fields none is the answer. Names that end in a full stop (Jr.) are left out: it, not the name, would be
+    the entity's last token.
+    """
+    table = _ravel(data, "nobel_prize_winner")
+    names = tuple(sorted(name for name in table if not name.endswith(".")))
+    rows = [table[name] for name in names]
+    return Entities(
+        names,
+        {
+            "Field": tuple(_the_only(row["Field"]) for row in rows),
+            "Country of Birth": tuple(row["Country of Birth"].removeprefix("the ") or None for row in rows),
+            "Gender": tuple(PRONOUNS.get(row["Gender"]) for row in rows),
+        },
+    )
+
+
+def _ravel(data: Path | None, kind: str) -> dict[str, dict[str, str]]:
+    """RAVEL's entities of a kind, with their attributes; "" where one is not known."""
+    if data is None:
+        raise MediationError("These entities are RAVEL's; give the folder that holds ravel/ with --data.")
+    file = data / "ravel" / "data" / f"ravel_{kind}_entity_attributes.json"
+    try:
+        table: dict[str, dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MediationError(
+            f"RAVEL's entities cannot be read from {file}: {error.strerror}; give the folder that holds ravel/."
+        ) from error
+    return table
+
+
+def _the_only(value: str | None) -> str | None:
+    """None for several values, or none."""
+    return None if not value or "," in value else value
 
 
 def topics() -> dict[str, Topic]:
@@ -198,6 +251,7 @@ def topics() -> dict[str, Topic]:
         Topic("countries", COUNTRY_QUESTIONS, lambda _: countries()),
         Topic("cities", CITY_QUESTIONS, cities),
         Topic("cities of two tokens", CITY_QUESTIONS, cities, tokens=2),
+        Topic("laureates", LAUREATE_QUESTIONS, laureates, tokens=4),
     )
     return {topic.name: topic for topic in every}
 

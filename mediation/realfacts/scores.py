@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mediation.realfacts.asking import Asking, spread
 from mediation.realfacts.parts import CLEAR, PairParts, effects, screen, strongest
-from mediation.statistics import pair_interval
+from mediation.statistics import pair_draws
 
 MEASURED = 24  # parts of each pair measured one by one
 FIRST = 5  # ranks of the "top 5"
 RESAMPLES = 2000
 FEW = 5  # pairs below which two questions are not compared
 
-Figure = dict[str, float]
+Figure = dict[str, Any]  # value; low and high, 95 %; n; draws [RESAMPLES]: the value in every bootstrap resample
 
 
 @dataclass
@@ -95,8 +95,11 @@ class Scorer:
     """Turns values of (pair, question) rows into figures: every question counts alike, intervals over entities."""
 
     def __init__(self, asking: Asking, seed: int) -> None:
-        self.asking, self.seed = asking, seed
+        self.asking = asking
         self.questions = list(asking.by_question)
+        clean, other = asking.pairs.clean.cpu().numpy(), asking.pairs.other.cpu().numpy()
+        # One set of resamples for all figures, so that any two of them can be compared pair by pair.
+        self.draws = pair_draws(clean, other, n=RESAMPLES, seed=seed).astype(float)
 
     def mean(
         self,
@@ -107,22 +110,19 @@ class Scorer:
         """Mean of `values` by group (a question, or two), [n] each with NaN left out, groups alike or by `weights`;
         with `over` the ratio of sums in each group.
         """
-        top, bottom, clean, other = [], [], [], []
+        top, bottom = np.zeros(len(self.asking.pairs)), np.zeros(len(self.asking.pairs))
+        n = 0
         for group, value in values.items():
             base = torch.ones_like(value) if over is None else over[group]
             kept = ~(value.isnan() | base.isnan())
             if not kept.any():
                 continue
             size = base[kept].sum().double() / (1.0 if weights is None else weights[group])
-            top.append(value[kept].double() / size)
-            bottom.append(base[kept].double() / size)
-            clean.append(self.asking.pairs.clean[kept])
-            other.append(self.asking.pairs.other[kept])
-        if not top:
-            return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-        t, b, c, o = (torch.cat(each).cpu().numpy() for each in (top, bottom, clean, other))
-        low, high = pair_interval(t, b, c, o, seed=self.seed)
-        return {"value": float(t.sum() / b.sum()), "low": low, "high": high, "n": len(t)}
+            top += (torch.where(kept, value, 0.0).double() / size).cpu().numpy()
+            bottom += (torch.where(kept, base, 0.0).double() / size).cpu().numpy()
+            n += int(kept.sum())
+        value_of_all = float(_ratio(top.sum(), bottom.sum()))
+        return _figure(value_of_all, _ratio(self.draws @ top, self.draws @ bottom), n)
 
     def each(self, values: Mapping[str, Tensor], over: Mapping[str, Tensor] | None = None) -> dict[str, Figure]:
         """The same by question."""
@@ -264,14 +264,39 @@ def entity_mean(values: Mapping[Any, Tensor], seed: int) -> Figure:
         return np.nansum(means, axis=1) / np.maximum(1, (~np.isnan(means)).sum(axis=1))
 
     if not there.any():
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-    low, high = np.nanquantile(figure(draws.astype(float)), [0.025, 0.975])
-    value = figure(np.ones((1, len(table))))[0]
-    return {"value": float(value), "low": float(low), "high": float(high), "n": int(there.any(1).sum())}
+        return _figure(np.nan, np.full(RESAMPLES, np.nan), 0)
+    return _figure(figure(np.ones((1, len(table))))[0], figure(draws.astype(float)), int(there.any(1).sum()))
 
 
-def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+def less(first: Figure, second: Figure) -> Figure:
+    """`first` less `second`, both of the same entities and resamples: a paired difference with its interval."""
+    return _figure(first["value"] - second["value"], first["draws"] - second["draws"], min(first["n"], second["n"]))
+
+
+def compared(figures: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures of a way that others are compared in: those of `score` where it has them, swap and removal."""
+    found = {
+        "follows": figures["swap"]["follows"],
+        "others_stay": figures["swap"]["others_stay"],
+        "both": figures["swap"]["both"],
+        "forgotten": figures["removal"]["forgotten"],
+        "others_kept": figures["removal"]["others_kept"],
+    }
+    if "named" not in figures:
+        return found
+    named = {"top_named": figures["named"]["use"]["top_1"], "share_named": figures["pools"]["top_1"]}
+    return named | found | {key: figures[key] for key in ("correlation", "same_top")}
+
+
+def _figure(value: float, draws: NDArray[np.float64], n: int) -> Figure:
+    there = draws[~np.isnan(draws)]
+    low, high = np.quantile(there, [0.025, 0.975]) if len(there) else (np.nan, np.nan)
+    return {"value": float(value), "low": float(low), "high": float(high), "n": n, "draws": draws}
+
+
+def _ratio(top: ArrayLike, bottom: ArrayLike) -> NDArray[np.float64]:
+    above, below = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
 def largest(effects: Tensor) -> Tensor:

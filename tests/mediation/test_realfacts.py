@@ -22,9 +22,10 @@ from mediation.realfacts.questions import (
     paraphrases,
     topics,
 )
-from mediation.realfacts.scores import Scorer, entity_mean, removal, swap
+from mediation.realfacts.scores import Scorer, entity_mean, less, removal, swap
 from mediation.realfacts.subspaces import contrasts, patches, trained
 from mediation.sites import Site
+from mediation.statistics import pair_interval
 from mediation.subject import SubjectModel
 from tests.setups import linear_model, random_dictionary, shared_data, tiny
 
@@ -335,6 +336,41 @@ def test_removing_everything_gives_every_entity_the_same_answer(model: SubjectMo
     assert found["others_kept"]["value"] == pytest.approx(1 - (gone + wrong) / 2)
 
 
+def asking_of(clean: torch.Tensor, other: torch.Tensor) -> Asking:
+    """Pairs with nothing but their entities, for a scorer."""
+    tokens, yes = {"q": clean}, {"q": torch.ones(len(clean), dtype=torch.bool)}
+    return Asking({"q": None}, {}, {}, Pairs(clean, other, tokens, tokens, yes), {}, {})  # type: ignore[dict-item]
+
+
+def test_means_over_pairs_have_the_intervals_of_the_pair_bootstrap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, other = torch.arange(20), (torch.arange(20) + 7) % 20
+    values, over = torch.rand(20, generator=generator), 0.5 + torch.rand(20, generator=generator)
+    found = Scorer(asking_of(clean, other), 3).mean({"q": values}, {"q": over})
+    low, high = pair_interval(values, over, clean, other, seed=3)
+    assert found["value"] == pytest.approx(float(values.sum() / over.sum()))
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_a_difference_is_paired() -> None:
+    """Two ways that differ by the same in every pair differ for sure, however much pairs differ; unpaired, they do
+    not.
+    """
+    clean, other = torch.arange(12), (torch.arange(12) + 5) % 12
+    scorer = Scorer(asking_of(clean, other), 0)
+    values = torch.linspace(0, 1, 12)
+    first, second = scorer.mean({"q": values + 0.1}), scorer.mean({"q": values})
+    found = less(first, second)
+    assert [found[key] for key in ("value", "low", "high")] == pytest.approx([0.1] * 3, abs=1e-6)
+    assert first["low"] < second["high"]
+    shuffled = scorer.mean({"q": values.flip(0) + 0.1})
+    assert less(shuffled, second)["low"] < 0 < less(shuffled, second)["high"]
+    mean = entity_mean({"q": values}, 0)
+    assert less(entity_mean({"q": values - 0.2}, 0), mean)["high"] == pytest.approx(-0.2)
+    with_a_gap = scorer.mean({"q": torch.where(clean == 3, torch.nan, values)})
+    assert less(with_a_gap, second)["n"] == 11
+
+
 def test_entities_count_in_every_group_they_are_in() -> None:
     nan = float("nan")
     found = entity_mean({"q": torch.tensor([1.0, 0.0, nan, 1.0]), "r": torch.tensor([nan, nan, nan, 1.0])}, 0)
@@ -359,6 +395,23 @@ def test_cities_have_one_language_or_none() -> None:
     assert all(value is None or "," not in value for value in found.values["Language"])
 
 
+def test_laureates_have_one_field_a_country_and_a_pronoun(tmp_path: Path) -> None:
+    table = {
+        "Ann Example": {"Field": "Physics", "Country of Birth": "the Netherlands", "Gender": "female"},
+        "Bob Example": {"Field": "Peace,Chemistry", "Country of Birth": "", "Gender": ""},
+        "Cid Example Jr.": {"Field": "Peace", "Country of Birth": "Japan", "Gender": "male"},
+    }
+    folder = tmp_path / "ravel" / "data"
+    folder.mkdir(parents=True)
+    (folder / "ravel_nobel_prize_winner_entity_attributes.json").write_text(json.dumps(table))
+    found = topics()["laureates"].load(tmp_path)
+    assert found.names == ("Ann Example", "Bob Example")
+    assert found.values == {
+        "Field": ("Physics", None), "Country of Birth": ("Netherlands", None), "Gender": ("she", None),
+    }  # fmt: skip
+    assert set(topics()["laureates"].attributes) == set(found.values)
+
+
 def test_topics_ask_with_the_entity_at_one_place(tmp_path: Path) -> None:
     for topic in topics().values():
         for question in topic.questions:
@@ -366,8 +419,9 @@ def test_topics_ask_with_the_entity_at_one_place(tmp_path: Path) -> None:
             assert all(w.startswith(f"{topic.before} {{}} ") or w.startswith(f"{topic.before} {{}},") for w in wordings)
             assert not question.fact_first.startswith(f"{topic.before} {{}}")
     for data in (None, tmp_path):
-        with pytest.raises(MediationError, match="ravel"):
-            topics()["cities"].load(data)
+        for name in ("cities", "laureates"):
+            with pytest.raises(MediationError, match="ravel"):
+                topics()[name].load(data)
 
 
 def test_some_entities_are_a_sample_of_them() -> None:

@@ -139,6 +139,27 @@ def test_other_wordings_are_measured_on_the_same_pairs(result: dict[str, Any]) -
     assert any(each["pairs"] > 0 for each in words)
 
 
+def test_readings_are_compared_with_all_the_rest(result: dict[str, Any]) -> None:
+    (site,) = result["sites"]
+    others = {"latents", "rotated readings", "coordinates", *(f"subspaces: {name}" for name in site["subspaces"])}
+    assert set(site["readings_less"]) == others
+    ways = site["ways"]
+    swapped = site["readings_less"]["rotated readings"]["follows"]
+    follows = [ways[name]["swap"]["follows"]["value"] for name in ("readings", "rotated readings")]
+    assert swapped["value"] == pytest.approx(follows[0] - follows[1])
+    assert swapped["low"] <= swapped["value"] <= swapped["high"]
+    # The same axes as latents and as parts of latents: no difference between these, so none between those.
+    for key, figure in site["readings_less"]["latents"].items():
+        for end in ("value", "low", "high"):
+            assert figure[end] == pytest.approx(site["readings_less"]["coordinates"][key][end], abs=1e-3), key
+    kept = site["readings_less"]["subspaces: random"]["others_kept"]["value"]
+    assert kept == pytest.approx(
+        ways["readings"]["removal"]["others_kept"]["value"]
+        - site["subspaces"]["random"]["removal"]["others_kept"]["value"]
+    )
+    assert 0 < site["known_two"] <= COUNTRIES
+
+
 def test_the_result_is_json_and_repeats(result: dict[str, Any], taught: Path) -> None:
     json.dumps(result, allow_nan=False)
     model = SubjectModel.load(taught, device="cpu")
@@ -232,7 +253,10 @@ def test_the_page_is_made_of_results(result: dict[str, Any], tmp_path: Path, mon
     assert f"| readings | {share:.2f} [" in text
     assert "subspaces: trained" in text
     assert (tmp_path / "evidence-facts-countries-blocks-0-hook_resid_pre.svg").exists()
+    less = result["sites"][0]["readings_less"]["coordinates"]["top_named"]
+    assert f"| coordinates | {less['value']:.2f} [{less['low']:.2f}, {less['high']:.2f}] |" in text
     assert page(tmp_path, [], monkeypatch) == text  # from what it keeps
+    assert page(tmp_path, [tmp_path / "evidence" / "facts.json"], monkeypatch) == text  # which is a result as well
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
