@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from mediation.errors import MediationError
 from mediation.facts import FactSettings
 from mediation.planted.organisms import Trained, activations, causal_check, train, train_dictionaries, train_meta
-from mediation.planted.scores import Subject, score
+from mediation.planted.scores import Subject, readings, score
 from mediation.planted.worlds import FAMILIES, SERVED_BY, Size, World, make_world, prompt_rows, size_of
 from mediation.statistics import bootstrap_interval
 from mediation.subject import SubjectModel
@@ -153,14 +154,14 @@ def _scores(
         def tick(family: str = family, done: Iterator[int] = done) -> None:
             say(f"{family}, prompt {next(done)}")
 
+        subject = Subject(model, world, dictionary, meta, found)
+        rows, settings = prompt_rows(world, family, world.seed), FactSettings(seed=world.seed, controls=CONTROLS)
         scored = score(
-            Subject(model, world, dictionary, meta, found),
-            prompt_rows(world, family, world.seed),
-            FactSettings(seed=world.seed, controls=CONTROLS),
-            tick,
-            compare=family in COMPARED_IN,
-            calibrate=family == "null",
-        )
+            subject, rows, settings, tick, compare=family in COMPARED_IN, calibrate=family == "null"
+        )  # fmt: skip
+        if family == "names":
+            other = replace(subject, meta=readings(subject))
+            scored["readings"] = score(other, rows, settings, tick, compare=False, calibrate=False)
         seconds = round(time.perf_counter() - started, 1)
         about: dict[str, Any] = {"latents_on": _latents_on(dictionary.encode(found.x)), "meta_latents": meta.d_meta}
         if world.name == "names":  # elsewhere always
@@ -208,6 +209,8 @@ def _flat(one: dict[str, Any]) -> dict[str, float | None]:
     for way, figures in one.get("compared", {}).items():
         found |= {f"compared.{way}.{k}": v for k, v in figures.items()}
     found |= {f"switch.{k}": v for k, v in one.get("switch", {}).items()}
+    if "readings" in one:
+        found |= {f"readings.{k}": v for k, v in _flat(one["readings"]).items()}
     found |= {key: float(one[key]) for key in ("labels", "factored") if key in one}
     return found | {"chance": one["chance"]}
 

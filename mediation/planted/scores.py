@@ -20,6 +20,8 @@
 7. Other parts, on `COMPARED` subjects' prompts: latents, matching pursuit over own rows, the nearest row, a meta-SAE
    trained on rows each turned at random, the meta-dictionary's own directions turned, a sparse meta-SAE, and, knowing
    the facts, least squares of rows on them (upper bound). Their weak names count.
+8. `names` once more with readings (mediation.readings) in place of the meta-dictionary: steps 1 to 6 on parts learned
+   from gradients of the replies at the site, claim by claim, on subjects trained on.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mediation.dictionaries import Dictionary
+from mediation.estimators.common import behaviour_gradient
 from mediation.facts import FactSettings, PromptSplit, find_hidden_facts, kind_of, split_prompt
 from mediation.labels import LEAST_SCORE, enrichment
 from mediation.metalatents import Decomposition, MatchingPursuit, MetaDictionary, rotated
@@ -44,10 +47,12 @@ from mediation.nodes import site_states
 from mediation.organisms.score import Latents
 from mediation.parts import Surgeon, pooled_parts
 from mediation.planted.organisms import Activations, token_means
-from mediation.planted.worlds import World
-from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet, collate, tokenize
+from mediation.planted.worlds import NO, YES, World
+from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet, batches, collate, tokenize
+from mediation.readings import Readings
 from mediation.subject import SubjectModel
 
+READ_AT_ONCE = 256  # prompts
 COMPARED = 4  # subjects whose prompts baselines are scored on
 OTHER_CLAIMS = 2  # prompts under which each flagged fact's patch is tried
 SPARSE_STEPS = 1000
@@ -112,6 +117,20 @@ def labels_of(subject: Subject, decomposition: Decomposition, least_score: float
     codes = decomposition.decompose(subject.dictionary.decoder[used], used).codes
     table = enrichment(latents[:, used] @ codes, [facts[tokens[i]][1] for i in chosen], least_score=least_score)
     return dict(table.select("meta", "label").iter_rows())
+
+
+def readings(subject: Subject) -> Readings:
+    """Step 8: parts by what claims read of subjects trained on; as many as there are values. No label enters."""
+    world, gradients = subject.world, {}
+    answers = {"answer": YES, "wrong_answer": NO}
+    for claim in world.claims:
+        asked = PromptSet.from_rows({"clean": world.text(each, claim), **answers} for each in world.trained)
+        read = []
+        for batch in batches(tokenize(asked, subject.model, baseline=Baseline.ZERO), READ_AT_ONCE):
+            _, (gradient,) = behaviour_gradient(subject.model, batch, [subject.dictionary.site])
+            read.append(gradient[:, list(world.positions)].flatten(0, 1))
+        gradients[claim.word] = torch.cat(read)
+    return Readings.learn(gradients, width=sum(map(len, world.attributes.values())), seed=world.seed)
 
 
 def score(
