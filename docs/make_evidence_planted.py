@@ -28,8 +28,8 @@ Small models are trained in worlds where it is known which fact decides a reply.
 dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
 Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
 `scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
-method was fixed (code of {commit}); seeds below 10 were developed on. **Seeds run: {n_seeds}; planned were {planned}.
-Families without any result yet: {missing}.** With few seeds an interval says little: with one, nothing.
+method was fixed (code of {commit}); seeds below 10 were developed on. Seeds run: {n_seeds}; planned were {planned}.
+Families without any result yet: {missing}. Seeds beyond 110 were run because organisms failed the causal check.
 Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
 been seen; that organism was discarded. Of `flatterer` at seed 100 a training had been begun and stopped, and no
 figure seen. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families
@@ -156,12 +156,25 @@ regression reads {before} of held-out persons' values, off the residual at the l
 carries {carried} of the total effect. The factored search found facts in {factored} of them; {labels} meta-latents got
 a name. The strongest part was named by the attribute that decides in {attribute} of the prompts, by another kind in
 {misnamed}, and had no name in {abstained}. Flagged for the fact used: {right}; for another: {wrong}. With the facts
-known, parts of the same latents name the attribute in {bound}."""
-NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values, {p_small} of
-them at most .05; that many or more would come with probability {p_many} if the test were valid and the tests
-independent (they share a model). Kolmogorov's test of uniformity p = {p_uniform}. With nomination, {null_flagged} of
-{null_tests} tests had q at most .05. Until many null models are measured, nominal validity is shown in simulation only:
-a trained model's small responses to unused facts need not be as random as the test supposes.
+known, parts of the same latents name the attribute in {bound}.
+
+**Parts by what is read.** The same latents, prompts, names and test, with readings (`mediation/readings.py`) in place
+of the meta-dictionary: directions learned from the gradients of the replies at the site, claim by claim, on persons of
+the first kind, as many as there are values. The strongest part is named by the attribute that decides in {r_attribute},
+by its value in {r_value}; flagged for the fact used: {r_right}, for another: {r_wrong}; of those flagged, removal takes
+{r_removal} of the effect, the reply follows the swap in {r_swap}, and replies to other claims stay in {r_stays}.
+Readings were tried on seed 1 (widths 20 and 40, gradients of claims and of recall, all of which named the attribute in
+.96 or more), and fixed before the reported seeds were scored. **Where the model makes its facts itself, what latents
+share does not show them, and what is read of them does**: which attribute, not which value, since a claim reads half of
+the values alike."""
+NULL = """In the null family, every attribute under every claim, without nomination: {p_tests} p-values of {models}
+models, {p_small} of them at most .05 (by model: {by_model}); Kolmogorov's test of uniformity p = {p_uniform}. **So in
+trained models p-values are not uniform: small ones come {excess} times as often as they should.** With nomination,
+{null_flagged} of {null_tests} tests had q at most .05. No prompt was flagged, because a flag also asks that the
+removal moves the reply by a tenth of the behaviour: removals of these unused facts move it by {size_median} of it
+(median; {size_small} where p is at most .05, {size_most} at most). The hypothesis that a model which uses an attribute
+under other claims does not respond to it here *at all* is false by a little, and the test notices: it asks whether a
+response is special, not whether it matters. Read q with the size of the effect beside it, never alone.
 
 ![p-values of facts that are not used](evidence-planted-p.svg)"""
 FAMILIES = {
@@ -233,6 +246,10 @@ def names(result: dict[str, Any]) -> str:
         right=shown(family, "flags.right"),
         wrong=shown(family, "flags.wrong"),
         bound=shown(family, "compared.facts known (bound).attribute"),
+        r_attribute=shown(family, "readings.naming.attribute"),
+        r_value=shown(family, "readings.naming.value"),
+        **{f"r_{key}": shown(family, f"readings.flags.{key}") for key in ("right", "wrong", "removal", "stays")},
+        r_swap=shown(family, "readings.flags.swap_follows"),
     )
     return NAMES.format(measured=measured)
 
@@ -322,6 +339,35 @@ def rows(families: dict[str, Any], names: list[str], *keys: str) -> list[list[st
     return [[name, *(shown(families[name], key) for key in keys)] for name in names]
 
 
+def with_readings(families: dict[str, Any], table: list[list[str]], count: str, *keys: str) -> list[list[str]]:
+    """A table's rows, with a second column of prompts, and `names` once more by its readings."""
+    every = [[each[0], str(families[each[0]][count]), *each[1:]] for each in table]
+    hard = families.get("names", {})
+    if "readings.chance" in hard.get("figures", {}):
+        read = [shown(hard, key if key == "chance" else f"readings.{key}") for key in keys]
+        every.append(["names, by readings", str(hard[count]), *read])
+    return every
+
+
+def null_text(null: dict[str, Any]) -> str:
+    p, size = np.array(null["p"]), np.array(null["size"])
+    small = p <= 0.05
+    by_model = (p.reshape(len(null["seeds"]), -1) <= 0.05).sum(1)
+    return NULL.format(
+        p_tests=len(p),
+        models=len(null["seeds"]),
+        p_small=number(float(small.mean())),
+        by_model=", ".join(map(str, by_model)),
+        excess=f"{small.mean() / 0.05:.1f}",
+        p_uniform=f"{stats.kstest(p, 'uniform').pvalue:.2g}",
+        null_tests=null["tests"],
+        null_flagged=null["q_flagged"],
+        size_median=f"{np.median(size):.3f}",
+        size_small=f"{np.median(size[small]):.3f}",
+        size_most=f"{size.max():.3f}",
+    )
+
+
 def main() -> None:
     folder = DOCS / "evidence"
     result = joined([Path(each) for each in sys.argv[1:]])
@@ -335,12 +381,11 @@ def main() -> None:
     p = np.array(null["p"])
     if len(p):
         p_plot(sorted(p), DOCS / "evidence-planted-p.svg")
-    naming = rows(families, [n for n in scored if n != "null"], "chance", "naming.attribute", "naming.value",
-                  "naming.rank", "naming.abstained")  # fmt: skip
-    naming = [[each[0], str(families[each[0]]["prompts"]), *each[1:]] for each in naming]
-    flags = rows(families, scored, "flags.flagged", "flags.right", "flags.wrong", "flags.removal", "flags.swap_follows",
-                 "flags.stays")  # fmt: skip
-    flags = [[each[0], str(families[each[0]]["evaluation_prompts"]), *each[1:]] for each in flags]
+    keys = ("chance", "naming.attribute", "naming.value", "naming.rank", "naming.abstained")
+    naming = rows(families, [name for name in scored if name != "null"], *keys)
+    naming = with_readings(families, naming, "prompts", *keys)
+    keys = tuple(f"flags.{key}" for key in ("flagged", "right", "wrong", "removal", "swap_follows", "stays"))
+    flags = with_readings(families, rows(families, scored, *keys), "evaluation_prompts", *keys)
     ways = [
         [way, *(shown(families[name], f"compared.{way}.{key}") for name in compared for key in ("attribute", "value"))]
         for way in WAYS
@@ -372,14 +417,7 @@ def main() -> None:
         twins=shown(families.get("twins", {}), "naming.claims").replace("-", "(not run)", 1),
         both=shown(families.get("two", {}), "naming.both").replace("-", "(not run)", 1),
         names=names(result),
-        null=NULL.format(
-            p_tests=len(p),
-            p_small=number(float((p <= 0.05).mean())),
-            p_many=number(float(stats.binom.sf((p <= 0.05).sum() - 1, len(p), 0.05))),
-            p_uniform=number(float(stats.kstest(p, "uniform").pvalue)),
-            null_tests=null["tests"],
-            null_flagged=null["q_flagged"],
-        )
+        null=null_text(null)
         if len(p)
         else "The null family has not been run yet: there is no figure from a trained model.",
         missing=", ".join(name for name in FAMILIES if name not in scored) or "none",
