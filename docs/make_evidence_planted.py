@@ -163,6 +163,7 @@ of the meta-dictionary: directions learned from the gradients of the replies at 
 the first kind, as many as there are values. The strongest part is named by the attribute that decides in {r_attribute},
 by its value in {r_value}; flagged for the fact used: {r_right}, for another: {r_wrong}; of those flagged, removal takes
 {r_removal} of the effect, the reply follows the swap in {r_swap}, and replies to other claims stay in {r_stays}.
+Turned at random within the space that is read, the same name the attribute in {t_attribute} and flag {t_right}.
 Readings were tried on seed 1 (widths 20 and 40, gradients of claims and of recall, all of which named the attribute in
 .96 or more), and fixed before the reported seeds were scored. **Where the model makes its facts itself, what latents
 share does not show them, and what is read of them does**: which attribute, not which value, since a claim reads half of
@@ -250,6 +251,8 @@ def names(result: dict[str, Any]) -> str:
         r_value=shown(family, "readings.naming.value"),
         **{f"r_{key}": shown(family, f"readings.flags.{key}") for key in ("right", "wrong", "removal", "stays")},
         r_swap=shown(family, "readings.flags.swap_follows"),
+        t_attribute=shown(family, "readings turned.naming.attribute"),
+        t_right=shown(family, "readings turned.flags.right"),
     )
     return NAMES.format(measured=measured)
 

@@ -160,8 +160,9 @@ def _scores(
             subject, rows, settings, tick, compare=family in COMPARED_IN, calibrate=family == "null"
         )  # fmt: skip
         if family == "names":
-            other = replace(subject, meta=readings(subject))
-            scored["readings"] = score(other, rows, settings, tick, compare=False, calibrate=False)
+            for name, turned in (("readings", False), ("readings turned", True)):
+                other = replace(subject, meta=readings(subject, turned=turned))
+                scored[name] = score(other, rows, settings, tick, compare=False, calibrate=False)
         seconds = round(time.perf_counter() - started, 1)
         about: dict[str, Any] = {"latents_on": _latents_on(dictionary.encode(found.x)), "meta_latents": meta.d_meta}
         if world.name == "names":  # elsewhere always
@@ -209,8 +210,9 @@ def _flat(one: dict[str, Any]) -> dict[str, float | None]:
     for way, figures in one.get("compared", {}).items():
         found |= {f"compared.{way}.{k}": v for k, v in figures.items()}
     found |= {f"switch.{k}": v for k, v in one.get("switch", {}).items()}
-    if "readings" in one:
-        found |= {f"readings.{k}": v for k, v in _flat(one["readings"]).items()}
+    for way in ("readings", "readings turned"):
+        if way in one:
+            found |= {f"{way}.{k}": v for k, v in _flat(one[way]).items()}
     found |= {key: float(one[key]) for key in ("labels", "factored") if key in one}
     return found | {"chance": one["chance"]}
 

@@ -21,7 +21,8 @@
    trained on rows each turned at random, the meta-dictionary's own directions turned, a sparse meta-SAE, and, knowing
    the facts, least squares of rows on them (upper bound). Their weak names count.
 8. `names` once more with readings (mediation.readings) in place of the meta-dictionary: steps 1 to 6 on parts learned
-   from gradients of the replies at the site, claim by claim, on subjects trained on.
+   from gradients of the replies at the site, claim by claim, on subjects trained on; and, as a control, with these
+   turned at random within the space that is read.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from mediation.planted.organisms import Activations, token_means
 from mediation.planted.worlds import NO, YES, World
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet, batches, collate, tokenize
 from mediation.readings import Readings
+from mediation.realfacts.ways import rotated_readings
 from mediation.subject import SubjectModel
 
 READ_AT_ONCE = 256  # prompts
@@ -119,8 +121,11 @@ def labels_of(subject: Subject, decomposition: Decomposition, least_score: float
     return dict(table.select("meta", "label").iter_rows())
 
 
-def readings(subject: Subject) -> Readings:
-    """Step 8: parts by what claims read of subjects trained on; as many as there are values. No label enters."""
+def readings(subject: Subject, *, turned: bool = False) -> Readings:
+    """Step 8: parts by what claims read of subjects trained on; as many as there are values. No label enters.
+
+    `turned`: other axes of the same reading space, at random.
+    """
     world, gradients = subject.world, {}
     answers = {"answer": YES, "wrong_answer": NO}
     for claim in world.claims:
@@ -130,7 +135,10 @@ def readings(subject: Subject) -> Readings:
             _, (gradient,) = behaviour_gradient(subject.model, batch, [subject.dictionary.site])
             read.append(gradient[:, list(world.positions)].flatten(0, 1))
         gradients[claim.word] = torch.cat(read)
-    return Readings.learn(gradients, width=sum(map(len, world.attributes.values())), seed=world.seed)
+    width = sum(map(len, world.attributes.values()))
+    if turned:
+        return rotated_readings(gradients, width, torch.Generator().manual_seed(world.seed))
+    return Readings.learn(gradients, width=width, seed=world.seed)
 
 
 def score(
