@@ -224,13 +224,19 @@ def test_what_the_site_carries_is_measured() -> None:
     assert abs(carried(two, Trained(_joining_model(two, tokenizer).eval(), tokenizer)) - 1.0) > 0.05
 
 
-def test_a_model_looks_pairs_of_names_up_and_its_site_carries_them() -> None:
+def test_facts_that_the_model_looks_up_are_shown_by_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
-    world = make_world("names", 0, NAMES_QUICK)
-    made = train(world)
-    found = causal_check(world, made)
-    assert found["passed"]
-    assert found["carried"] > 0.9
+    monkeypatch.setattr(planted, "CONTROLS", 39)
+    result = bench(["names"], [0], tmp_path, quick=True)
+    (organism,) = result["organisms"]
+    assert organism["check"]["passed"]
+    assert organism["check"]["carried"] > 0.9
+    figures = {name: each["value"] for name, each in result["families"]["names"]["figures"].items()}
+    assert figures["readings.naming.attribute"] >= 0.9
+    assert figures["compared.facts known (bound).attribute"] >= 0.9
+    assert max(figures["readings turned.naming.attribute"], figures["naming.attribute"]) <= 0.7
 
 
 def test_a_quick_bench_names_flags_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
