@@ -22,9 +22,7 @@ from mediation.planted.organisms import (
     _joining_model,
     _model,
     carried,
-    causal_check,
     make_tokenizer,
-    train,
 )
 from mediation.planted.scores import Known, Turned, _naming, _switch
 from mediation.planted.worlds import NAMES_QUICK, QUICK, SERVED_BY, WORLDS, World, make_world, prompt_rows
