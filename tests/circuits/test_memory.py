@@ -24,7 +24,7 @@ from mediation.trace import Prepared, TraceSettings
 
 WIDTH, LAYERS, WORDS, LENGTH, PROMPTS, LATENTS = 192, 5, 500, 192, 8, 1024
 TOLERANCE = 0.15
-EXTRA = (300, 400, 1100)  # MB over what the process holds before the run
+EXTRA = (330, 400, 1100)  # MB over what the process holds before the run
 
 CHILD = """
 import json, sys
