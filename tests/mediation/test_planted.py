@@ -87,7 +87,6 @@ def test_no_name_alone_tells_a_fact_of_a_person(seed: int) -> None:
             mine = [world.of(person) for person in people if person[place] == name]
             for attribute, values in world.attributes.items():
                 counts = Counter(facts[attribute] for facts in mine)
-                assert max(counts.values()) < len(mine) / 2
                 for facts in mine:
                     others = counts - Counter([facts[attribute]])
                     right.append(max(values, key=lambda value: others[value]) == facts[attribute])
