@@ -27,9 +27,11 @@ TEXT = """# Planted facts: is the fact that a flag names the fact that was used?
 Small models are trained in worlds where it is known which fact decides a reply. The method is shown prompts and a
 dictionary in which every subject has one latent; it has to name the fact, flag it as hidden, and prove it.
 Definitions: `mediation/planted/worlds.py` (families), `organisms.py` (models, causal check, dictionaries),
-`scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}, looked at once, after the
-method was fixed (code of {commit}); seeds below 10 were developed on. Seeds run: {n_seeds}; planned were {planned}.
-Families without any result yet: {missing}. Seeds beyond 110 were run because organisms failed the causal check.
+`scores.py` (every figure), `mediation/removal.py` (the test). Reported: seeds {seeds}; seeds below 10 were
+developed on. The method was not changed after any reported seed had been seen (code of {commit}). How far removals of
+the null family move the behaviour is recorded since the p-values of five null models were seen, and the readings turned
+at random were added when the readings' own result was. Seeds run: {n_seeds}; planned were {planned}. Families without
+any result yet: {missing}. Seeds beyond 110 were run because organisms failed the causal check.
 Training was made cheaper (half the batch) after the causal check, and nothing else, of `correlated` at seed 100 had
 been seen; that organism was discarded. Of `flatterer` at seed 100 a training had been begun and stopped, and no
 figure seen. Figures are means over seeds [95 % bootstrap interval over seeds]. Made by, and more seeds and families
@@ -222,8 +224,14 @@ def seeds_run(result: dict[str, Any]) -> tuple[str, str]:
     sets = {world: tuple(sorted(each)) for world, each in seeds.items()}
     most = max(sets.values(), key=list(sets.values()).count)
     other = {world: each for world, each in sets.items() if each != most}
-    spelled = ", ".join(map(str, most)) + "".join(f"; of `{w}` {', '.join(map(str, s))}" for w, s in other.items())
+    spelled = ranged(most) + "".join(f"; of `{world}` {ranged(each)}" for world, each in other.items())
     return spelled, str(len(most)) + "".join(f", of `{world}` {len(each)}" for world, each in other.items())
+
+
+def ranged(seeds: tuple[int, ...]) -> str:
+    """Sorted seeds as "first to last" where none is left out, else one by one."""
+    whole = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))
 
 
 def names(result: dict[str, Any]) -> str:
@@ -403,7 +411,7 @@ def main() -> None:
     ]
     seeds, n_seeds = seeds_run(result)
     filled = TEXT.format(
-        commit=", ".join(sorted({str(each["commit"])[:12] for each in result["organisms"]})),
+        commit=", ".join(sorted({str(each["commit"])[:7] for each in result["organisms"]})),
         seeds=seeds,
         n_seeds=n_seeds,
         planned=PLANNED,
