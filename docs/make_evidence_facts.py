@@ -86,7 +86,7 @@ with five; two other laureates' facts before the prompt help little (34 fields, 
 chosen by such counts, on half of the names by a split that is not quite the benchmark's, so that some of those names
 are among its held-out ones.
 
-Not measured: countries of several tokens (there are two), other blocks on held-out entities; one seed, one model.{gaps}
+Not measured: other blocks on held-out entities; one seed, one model.{gaps}
 
 {sections}
 
@@ -165,7 +165,7 @@ PARTS: dict[str, Number] = {
 }
 SWAP = ("follows", "others_stay", "both", "own", "others")
 LESS_IS_BETTER = ("correlation", "same_top")
-TOPICS = ("countries", "cities", "cities of two tokens", "laureates")  # of `--entities`
+TOPICS = ("countries", "countries of two tokens", "cities", "cities of two tokens", "laureates")  # of `--entities`
 LESS = {
     "top_named": "top named",
     "share_named": "share named",

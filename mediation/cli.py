@@ -316,7 +316,9 @@ def bench_facts(
         Path | None,
         typer.Option(envvar="MEDIATION_DATA", help="Folder with ravel/ (cities, laureates), pararel/ (wordings)."),
     ] = None,
-    entities: Annotated[str, typer.Option(help="countries, cities, cities of two tokens, or laureates.")] = "countries",
+    entities: Annotated[
+        str, typer.Option(help="countries, cities (either also: ... of two tokens), or laureates.")
+    ] = "countries",
     quick: Annotated[bool, typer.Option("--quick", help="Few pairs and ways, under 3 minutes.")] = False,
     pairs: Annotated[int | None, typer.Option(min=4, help="Pairs of held-out entities; default: 48.")] = None,
     width: Annotated[int | None, typer.Option(min=2, help="Meta-latents of the readings; default: 100.")] = None,

@@ -1,6 +1,7 @@
 """Entities with known facts, and questions about them.
 
-1. Facts of countries are in `countries.tsv`; those of cities and Nobel laureates come from RAVEL (Huang et al. 2024),
+1. Facts of countries are in `countries.tsv` and, of those whose names have two tokens for SmolLM2,
+   `countries_of_two_tokens.tsv`; those of cities and Nobel laureates come from RAVEL (Huang et al. 2024),
    other wordings from ParaRel (Elazar et al. 2021).
 2. A question is asked with the entity first ("In {}, the capital city is": what the model has computed at the entity
    cannot depend on the question, which comes later) or with the fact first ("The capital of {} is the city of").
@@ -21,6 +22,7 @@ from typing import Self
 from mediation.errors import MediationError
 
 COUNTRIES = Path(__file__).with_name("countries.tsv")
+LONGER_COUNTRIES = Path(__file__).with_name("countries_of_two_tokens.tsv")
 PARAREL_RELATIONS = {"capital": "P36", "language": "P37"}
 
 
@@ -187,10 +189,10 @@ class HeldOutEntities(Entities):
     """Entities kept aside: figures are measured on these and nothing is chosen on them."""
 
 
-def countries() -> Entities:
-    """124 countries with capital, language, currency and continent."""
-    with COUNTRIES.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+def countries(file: Path = COUNTRIES) -> Entities:
+    """Countries with capital, language, currency and continent; of several languages or capitals none."""
+    with file.open(encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened, delimiter="\t"))
     attributes = [name for name in rows[0] if name != "country"]
     return Entities(
         tuple(row["country"] for row in rows),
@@ -249,6 +251,7 @@ def topics() -> dict[str, Topic]:
     """What can be asked about, by name."""
     every = (
         Topic("countries", COUNTRY_QUESTIONS, lambda _: countries()),
+        Topic("countries of two tokens", COUNTRY_QUESTIONS, lambda _: countries(LONGER_COUNTRIES), tokens=2),
         Topic("cities", CITY_QUESTIONS, cities),
         Topic("cities of two tokens", CITY_QUESTIONS, cities, tokens=2),
         Topic("laureates", LAUREATE_QUESTIONS, laureates, tokens=4),

@@ -395,6 +395,14 @@ def test_cities_have_one_language_or_none() -> None:
     assert all(value is None or "," not in value for value in found.values["Language"])
 
 
+def test_countries_of_two_tokens_are_other_countries_with_the_same_attributes() -> None:
+    one, two = (topics()[name].load(None) for name in ("countries", "countries of two tokens"))
+    assert len(two) > 30
+    assert one.values.keys() == two.values.keys()
+    assert "New Zealand" in set(two.names) - set(one.names)
+    assert dict(zip(two.names, two.values["currency"], strict=True))["South Korea"] == "won"
+
+
 def test_laureates_have_one_field_a_country_and_a_pronoun(tmp_path: Path) -> None:
     table = {
         "Ann Example": {"Field": "Physics", "Country of Birth": "the Netherlands", "Gender": "female"},
