@@ -46,7 +46,7 @@ PROBE = 64  # tokens of the probe's longer sequence
 FLOAT = 4
 LIBRARIES = 250 * 2**20  # what the libraries that write tables and graphs take once they are in use
 EDGE = 200  # bytes of an edge in the tables of a batch
-ON = 0.1  # of a role's positions, at how many a latent of the graph is on, as a guess
+ON = 0.1  # of a role's positions, at how many a latent of the graph is on: .05 to .15 on SmolLM2
 NODE = 300  # bytes of a latent node in states, scores and the tables of one site's shard
 DENSE = 7  # copies of a piece's dense latents while it is encoded
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -160,7 +160,7 @@ def predict(
     sites, chunk = len(dictionaries), settings.chunk
     longest = max(batch.clean.shape[1] for batch in prepared)
     working = _working(model)
-    states, attribution, patching, between, turned = [], [], [], [], 0.0
+    states, attribution, patching, between, pulled = [], [], [], [], 0.0
     total = sum(len(batch) for batch in prepared)
     for batch in prepared:
         rows, length = batch.clean.shape
@@ -186,7 +186,7 @@ def predict(
         gradients = turns * job * run * (working + 2 * FLOAT * width * _most_in_reach(dictionaries))
         rest = max(job * share * probed.saved(run) + gradients, graph + 3 * rows * logits)
         tables = EDGE * KEEP * targets * sites * rows
-        turned += batch.clean.numel() * targets
+        pulled += batch.clean.numel() * targets  # tokens that edges' backward passes go over
         between.append(own + (sites + 3) * value + max(rest + 2 * FLOAT * min(GATHERED, on * width), tables))
     first = len(prepared[0])
     fidelity = FLOAT * longest * (first + 2) * words + first * longest * working
@@ -200,7 +200,7 @@ def predict(
     tokens = sum(batch.clean.numel() for batch in prepared)
     passes = 5 + sites * (3 * settings.steps + 1) + 2 * settings.top + 3 * settings.steps
     sampled = 2 * sites * settings.sample * longest
-    return Cost(probed.seconds * (tokens * passes + 2 * turned + sampled), before, phases)
+    return Cost(probed.seconds * (tokens * passes + 2 * pulled + sampled), before, phases)
 
 
 def _positions_on(batch: Batch) -> float:

@@ -90,7 +90,8 @@ weights made in place (2.36 to 2.28 GB), returning freed memory to the system be
 `mediation trace` with the six dictionaries of the pack, zero baseline, `--memory 8GB`, 2 steps, 2 exact patches a site,
 20 nodes a site kept, one thread: {long_nodes:,} nodes attributed, {long_edges:,} edges, {long_cpu:.0f} minutes of
 processor time ({long_minutes:.0f} beside four other programs; {long_predicted_minutes:.0f} predicted there).
-Predicted peak {long_predicted:.2f} GB, measured {long_peak:.2f} GB. Before, a prompt's tokens without a role were one
+Predicted peak {long_predicted:.2f} GB ({long_now:.2f} with what was added since for libraries), measured
+{long_peak:.2f} GB. Before, a prompt's tokens without a role were one
 role, whose 20 strongest latents of each site are on at 28,000 places of this prompt: hours of edges. One prompt alone
 now keeps its positions.
 """
@@ -162,6 +163,7 @@ def main() -> None:
         nodes_before=found["edges"]["nodes"]["times_bare"],
         transcoders=transcoders(found["transcoders"]),
         long_predicted=long["predicted_gb"],
+        long_now=long["predicted_now_gb"],
         long_peak=long["peak_gb"],
         long_minutes=long["seconds"] / 60,
         long_predicted_minutes=long["predicted_seconds"] / 60,

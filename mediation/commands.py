@@ -721,7 +721,7 @@ def _open(
 ) -> tuple[SubjectModel, list[Dictionary], Prepared]:
     model = SubjectModel.load(source.model, device=source.device, allow_download=source.allow_download)
     dictionaries = load_dictionaries(source, str(model.device), model)
-    return model, dictionaries, prepare(prompts, model, dictionaries, settings)
+    return model, dictionaries, prepare(prompts, model, dictionaries, settings, alone=len(prompts) == 1)
 
 
 def _source_of(run: Run) -> tuple[Source, TraceSettings]:

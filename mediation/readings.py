@@ -73,6 +73,13 @@ def reading_space(gradients: Mapping[str, Tensor], width: int) -> tuple[Tensor, 
     return moments.float(), (axes[:, -width:] / power[-width:].sqrt()).float()
 
 
+def rotated_readings(gradients: Mapping[str, Tensor], width: int, generator: torch.Generator) -> Readings:
+    """The null of `Readings.learn`: the same space, whitened alike, turned at random."""
+    moments, whiten = reading_space(gradients, width)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return Readings.of(whiten @ turn, moments, tuple(gradients))
+
+
 def joint_diagonaliser(matrices: Tensor, seed: int = 0, starts: int = STARTS) -> Tensor:
     """Step 3: the rotation R [k, k] that makes R^T A R as diagonal as it can for all symmetric A in [n, k, k]."""
     generator = torch.Generator().manual_seed(seed)

@@ -81,16 +81,25 @@ class Prepared:
 
 
 def prepare(
-    prompts: PromptSet, model: SubjectModel, dictionaries: Sequence[Dictionary], settings: TraceSettings
+    prompts: PromptSet,
+    model: SubjectModel,
+    dictionaries: Sequence[Dictionary],
+    settings: TraceSettings,
+    *,
+    alone: bool = False,
 ) -> Prepared:
-    """Tokenise and batch; everything that can be wrong with the input is found here, before any work."""
+    """Tokenise and batch; everything that can be wrong with the input is found here, before any work.
+
+    `alone`: nothing is aligned with these prompts, so that every token keeps its own position as a role. Not for a half
+    of a set, be it of one prompt, since the other half's roles have to be the same.
+    """
     names = [dictionary.site.canonical() for dictionary in dictionaries]
     if len(set(names)) < len(names):
         raise MediationError("Two dictionaries read the same site; give one dictionary for each site.")
     for dictionary in dictionaries:
         dictionary.check(model)
     examples = tokenize(prompts, model, baseline=settings.baseline, behaviour=settings.behaviour)
-    if len(prompts) == 1:
+    if alone:
         examples = [by_position(example) for example in examples]
     prepared = [batch.to(model.device) for batch in batches(examples, settings.batch_size)]
     means = None
@@ -209,7 +218,7 @@ def node_table(state: SiteState, scores: dict[Estimator, NodeScores], batch: Bat
 
 
 def by_position(example: Example) -> Example:
-    """With a role of its own for every token that has none: one prompt alone need not be aligned with others."""
+    """With a role of its own for every token that has none."""
     end = min(target[0] for target in example.targets)
     roles = [role or (f"@{at}" if at < end else "") for at, role in enumerate(example.roles)]
     return replace(example, roles=roles)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +28,18 @@ from mediation.dictionaries import Dictionary
 from mediation.prompts import Batch, Example, collate
 from mediation.subject import SubjectModel
 from tests.tiny_models import D_MODEL, LAYERS, save_tiny
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def page_script(name: str) -> ModuleType:
+    """docs/make_NAME.py, loaded anew, so that what a test sets in it is gone with the test."""
+    spec = importlib.util.spec_from_file_location(f"make_{name}", DOCS / f"make_{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def shared_data(*parts: str) -> Path:

@@ -24,7 +24,7 @@ from mediation.metalatents import MatchingPursuit, MetaDictionary
 from mediation.nodes import site_states
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet, batches, tokenize
 from mediation.subject import SubjectModel
-from tests.setups import linear_model, random_dictionary, tiny
+from tests.setups import linear_model, page_script, random_dictionary, tiny
 from tests.tiny_models import WORDS, tiny_module, tiny_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sycophancy_smollm2"
@@ -326,11 +326,7 @@ def test_every_part_runs_and_its_results_are_json(code: dict, small: Any, part: 
 
 def test_the_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
     results = DOCS / "evidence" / "sycophancy.json"
-    specification = importlib.util.spec_from_file_location("make_page", DOCS / "make_evidence_sycophancy.py")
-    assert specification is not None
-    assert specification.loader is not None
-    page = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(page)
+    page = page_script("evidence_sycophancy")
     page.make(json.loads(results.read_text(encoding="utf-8")), tmp_path)
     for name in ("evidence-sycophancy.md", *(path.name for path in tmp_path.glob("*.svg"))):
         assert (DOCS / name).exists()

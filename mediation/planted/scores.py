@@ -50,8 +50,7 @@ from mediation.parts import Surgeon, pooled_parts
 from mediation.planted.organisms import Activations, token_means
 from mediation.planted.worlds import NO, YES, World
 from mediation.prompts import Baseline, DiscoverySet, EvaluationSet, PromptSet, batches, collate, tokenize
-from mediation.readings import Readings
-from mediation.realfacts.ways import rotated_readings
+from mediation.readings import Readings, rotated_readings
 from mediation.subject import SubjectModel
 
 READ_AT_ONCE = 256  # prompts

@@ -29,7 +29,7 @@ from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.factored import train_factored
 from mediation.metalatents import Decomposition, MatchingPursuit, MetaDictionary, rotated
-from mediation.readings import Readings, reading_space
+from mediation.readings import Readings, reading_space, rotated_readings
 from mediation.realfacts.questions import DevelopmentEntities
 
 LEAST_ENTITIES = 3  # with a value, for a difference of means
@@ -140,13 +140,6 @@ def ways(
         except MediationError:  # such as rows that share no fact
             continue
     return found
-
-
-def rotated_readings(gradients: Mapping[str, Tensor], width: int, generator: torch.Generator) -> Readings:
-    """The null of `readings`: the same space, whitened alike, turned at random."""
-    moments, whiten = reading_space(gradients, width)
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    return Readings.of(whiten @ turn, moments, tuple(gradients))
 
 
 def mean_differences(entities: DevelopmentEntities, x: Tensor) -> Tensor:

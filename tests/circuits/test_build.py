@@ -59,7 +59,7 @@ def run_of(
     folder: Path, model: SubjectModel, found: list[Dictionary], rows: list[dict], **chosen: Any
 ) -> tuple[AttributionGraph, Run]:
     settings = TraceSettings(**({"sample": 40, "batch_size": 2, "steps": 48} | chosen))
-    prepared = prepare(PromptSet.from_rows(rows), model, found, settings)
+    prepared = prepare(PromptSet.from_rows(rows), model, found, settings, alone=len(rows) == 1)
     run = Run.create(folder, {})
     trace(model, found, prepared, run, settings)
     return build_graph(model, found, prepared, run, settings), run
@@ -205,13 +205,14 @@ def test_tokens_and_roles_of_a_prompt_are_its_own(built: tuple[AttributionGraph,
 def test_one_prompt_alone_keeps_its_positions(tmp_path: Path) -> None:
     """Positions become roles so that prompts can be aligned; a single prompt has nothing to be aligned with."""
     model, found = tiny(tmp_path / "model"), dictionaries(tmp_path)
-    rows = [ROWS[3] | {"roles": {"second": [3, 5]}}, ROWS[3]]
-    for given, some, other in ((rows[:1], {"@2", "@3", "second", "end"}, "rest"), (rows, {"rest", "end"}, "@2")):
-        prepared = prepare(PromptSet.from_rows(given), model, found, TraceSettings())
+    rows = [ROWS[3] | {"roles": {"second": [3, 5]}}]
+    expected = {True: ({"@2", "@3", "second", "end"}, "rest"), False: ({"rest", "second", "end"}, "@2")}
+    for alone, (some, other) in expected.items():
+        prepared = prepare(PromptSet.from_rows(rows), model, found, TraceSettings(), alone=alone)
         roles = {role_of(example, at) for example in prepared.batches[0].examples for at in range(len(example))}
         assert some <= roles
         assert other not in roles
-    graph, _ = run_of(tmp_path / "run", model, found, rows[:1], top=500)
+    graph, _ = run_of(tmp_path / "run", model, found, rows, top=500)
     assert {"@2", "@3", "second", "end"} <= {str(data["position"]) for _, data in graph.digraph.nodes(data=True)}
 
 

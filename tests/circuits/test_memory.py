@@ -15,12 +15,12 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from circuits.memory import _saved, fit, parse_bytes, probe
+from circuits.memory import ON, _positions_on, _saved, fit, parse_bytes, probe
 from mediation.dictionaries import Dictionary
 from mediation.errors import MediationError
 from mediation.prompts import Baseline, Example, PromptSet, collate
 from mediation.subject import SubjectModel
-from mediation.trace import Prepared, TraceSettings
+from mediation.trace import Prepared, TraceSettings, by_position
 
 WIDTH, LAYERS, WORDS, LENGTH, PROMPTS, LATENTS = 192, 5, 500, 192, 8, 1024
 TOLERANCE = 0.15
@@ -146,6 +146,13 @@ def test_what_a_graph_saves_grows_as_the_probe_says(setting: Path) -> None:
             mask[1, -1] = False
             saved = _saved(model, tokens, mask, dictionary.site) / 2
         assert probed.saved(LENGTH) == pytest.approx(saved, rel=0.05)
+
+
+def test_a_role_of_many_tokens_is_one_node_at_many_positions() -> None:
+    """Of 39 tokens without a role and the last one; a prompt alone has a role for each."""
+    example = Example(0, list(range(40)), None, [(39, 10, 1)], [""] * 40)
+    assert _positions_on(collate([example])) == pytest.approx(ON * 39)
+    assert _positions_on(collate([by_position(example)])) == 1.0
 
 
 @pytest.mark.parametrize(

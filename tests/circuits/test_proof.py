@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from circuits.ablation import Errors
-from circuits.proof import Kind, Proof, ProofSettings, prove
+from circuits.proof import Kind, Proof, ProofSettings, place_prompts, prove
 from mediation.commands import Source, load_dictionaries
 from mediation.errors import MediationError
 from mediation.estimators.common import behaviour
@@ -126,6 +126,18 @@ def test_nodes_alone(tmp_path: Path) -> None:
     proof = prove(model, [dictionary], discovery, evaluation, TraceSettings(steps=2), settings)
     assert list(proof.curves) == list(proof.summary(seed=0)) == [Kind.NODES]
     assert set(proof.members["kind"]) == {"nodes"}
+
+
+def test_one_discovery_prompt_has_the_places_of_the_others(tmp_path: Path) -> None:
+    """Its tokens are placed as those of a half of several prompts, whose circuit it is to choose."""
+    model = tiny(tmp_path / "model")
+    dictionary = random_dictionary(tmp_path / "sae", "blocks.1.hook_resid_pre")
+    rows = [{"clean": f"w1 w{k} w9 w20", "answer": " w3", "wrong_answer": " w4"} for k in (10, 14, 18)]
+    traced, names = TraceSettings(baseline=Baseline.ZERO), dict[str, int]()
+    halves = [place_prompts(model, [dictionary], PromptSet.from_rows(r), traced, names) for r in (rows[:1], rows[1:])]
+    (one,), (others,) = (half.places for half in halves)
+    assert one[0].tolist() == others[0].tolist() == others[1].tolist()
+    assert set(names) == {"rest", "end"}
 
 
 def test_prompts_without_an_effect_are_refused(tmp_path: Path) -> None:

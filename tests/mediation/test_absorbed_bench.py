@@ -6,7 +6,6 @@ SmolLM2 needs minutes; `mediation bench absorption` measures it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -38,6 +37,7 @@ from mediation.realfacts.questions import countries
 from mediation.sites import Site
 from mediation.subject import SubjectModel
 from tests.mediation.test_absorbed import planted
+from tests.setups import page_script
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -137,11 +137,7 @@ def all_right(ask: Callable[..., Worded]) -> Callable[..., Worded]:
 
 def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
     """What docs/make_evidence_absorption.py writes into `folder`."""
-    spec = importlib.util.spec_from_file_location("make_absorption", DOCS / "make_evidence_absorption.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = page_script("evidence_absorption")
     monkeypatch.setattr(script, "DOCS", folder)
     monkeypatch.setattr(script, "STORE", folder / "evidence" / "absorption.json")
     monkeypatch.setattr("sys.argv", ["make_evidence_absorption.py", *map(str, results)])

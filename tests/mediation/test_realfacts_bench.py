@@ -5,7 +5,6 @@ SmolLM2 needs a trained dictionary and minutes; `mediation bench facts` measures
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -29,7 +28,7 @@ from mediation.realfacts.subspaces import patches, trained
 from mediation.realfacts.ways import LEAST_ENTITIES, mean_differences
 from mediation.sites import Site
 from mediation.subject import SubjectModel
-from tests.setups import random_dictionary, tiny
+from tests.setups import page_script, random_dictionary, tiny
 from tests.tiny_models import CONFIGS, WORDS, tiny_tokenizer
 
 WIDTH, STEPS, COUNTRIES = 64, 480, 40
@@ -234,11 +233,7 @@ def test_the_command_takes_folders(
 
 def page(folder: Path, results: list[Path], monkeypatch: pytest.MonkeyPatch) -> str:
     """What docs/make_evidence_facts.py writes into `folder`."""
-    spec = importlib.util.spec_from_file_location("make_evidence_facts", DOCS / "make_evidence_facts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = page_script("evidence_facts")
     monkeypatch.setattr(script, "DOCS", folder)
     monkeypatch.setattr(script, "RESULTS", folder / "evidence" / "facts.json")
     monkeypatch.setattr("sys.argv", ["make_evidence_facts.py", *map(str, results)])
